@@ -1,0 +1,216 @@
+"""Every way this package fails on purpose, one class and one exit code each.
+
+The facts of a failure are attributes (and land in ``--json``); the sentence is
+made from the class's ``template``.  It names the thing and the way out.
+docs/exit-codes.md is the table for scripts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Dict
+
+
+class CbtError(Exception):
+    """A failure that a user can cause or should be told of in one sentence."""
+
+    code: ClassVar[int] = 70
+    template: ClassVar[str] = "{reason}"
+
+    def __init__(self, **facts: Any) -> None:
+        self.facts: Dict[str, Any] = facts
+        super().__init__(self.template.format(**facts))
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+    def document(self) -> Dict[str, Any]:
+        """The ``error`` object of ``--json``: code, kind, message and the facts."""
+        return {"code": self.code, "kind": self.kind, "message": self.message, **self.facts}
+
+
+# 2: the command line does not make sense
+
+
+class Usage(CbtError):
+    code = 2
+
+
+# 10: no such thing
+
+
+class NotFound(CbtError):
+    code = 10
+
+
+class NoSuchDomain(NotFound):
+    template = "no domain '{domain}' on {uri}; `virsh -c {uri} list --all` shows the names"
+
+
+class NoSuchDisk(NotFound):
+    template = "domain '{domain}' has no disk '{target}'; it has: {known}"
+
+
+class NoSuchBackup(NotFound):
+    template = "'{domain}' has no backup '{point}' in {repository}; `libvirt-cbt list {domain}` shows what it has"
+
+
+class NotInRepository(NotFound):
+    template = "repository {repository} holds nothing of domain '{domain}'; `libvirt-cbt list` shows what it holds"
+
+
+class NoRepository(NotFound):
+    template = "no repository at {repository}; make one with `libvirt-cbt -r {repository} init`, or check the path"
+
+
+# 11: busy
+
+
+class Busy(CbtError):
+    code = 11
+
+
+class DomainBusy(Busy):
+    template = "domain '{domain}' is busy with {job}{since}; wait for it, or give --wait SECONDS"
+
+
+class RepositoryBusy(Busy):
+    template = "domain '{domain}' is locked in {repository} by {owner}; try again when that has ended"
+
+
+# 12: tracking broken
+
+
+class TrackingBroken(CbtError):
+    code = 12
+
+
+# 13: the source went away
+
+
+class SourceLost(CbtError):
+    code = 13
+    template = "lost the source of disk '{target}' during the copy: {reason}; nothing was published, run it again"
+
+
+class SourceStalled(SourceLost):
+    template = (
+        "disk '{target}' has delivered nothing for {seconds:.0f} s; "
+        "nothing was published, look whether the guest's QEMU hangs and run it again"
+    )
+
+
+class SourceUnreadable(SourceLost):
+    template = (
+        "the hypervisor cannot read disk '{target}' at offset {offset}, length {length}: {reason}; "
+        "nothing was published, look at the host's storage"
+    )
+
+
+# 14: scratch space
+
+
+class ScratchSpace(CbtError):
+    code = 14
+    template = (
+        "{directory} has {free} bytes free and the scratch files need at least {needed}; "
+        "free some or name another place with --scratch-dir"
+    )
+
+
+class ScratchDenied(CbtError):
+    code = 14
+    template = "cannot make scratch files in {directory}: {reason}; name another place with --scratch-dir"
+
+
+# 15: the repository's own trouble
+
+
+class RepositoryError(CbtError):
+    code = 15
+
+
+class RepositoryFull(RepositoryError):
+    template = "no room left in {repository} while writing {path}; nothing was published, free some space and run it again"
+
+
+class RepositoryDenied(RepositoryError):
+    template = "cannot use repository {repository}: {reason}"
+
+
+class RepositoryForeign(RepositoryError):
+    template = "{repository} is not a libvirt-cbt repository and not empty; give an empty or new directory"
+
+
+class RepositoryVersion(RepositoryError):
+    template = (
+        "repository {repository} has format {found}, this libvirt-cbt knows {known}; "
+        "use the release that wrote it, or a newer one"
+    )
+
+
+class TargetExists(RepositoryError):
+    template = "{path} exists already and is never overwritten; name another --output or remove it first"
+
+
+class OutputFailed(RepositoryError):
+    template = "cannot write {path}: {reason}"
+
+
+# 16: damage
+
+
+class Damaged(CbtError):
+    code = 16
+    template = "{path} is damaged: {reason}; `libvirt-cbt verify` shows what depends on it"
+
+
+# 17: not consistent though it was required
+
+
+class NotConsistent(CbtError):
+    code = 17
+    template = "guest '{domain}' could not be frozen: {reason}; use --quiesce auto to go on without"
+
+
+# 20: libvirt or NBD
+
+
+class HypervisorError(CbtError):
+    code = 20
+    template = "libvirt: {reason}"
+
+
+class NoHypervisor(HypervisorError):
+    template = "cannot reach libvirt at {uri}: {reason}; is the daemon running and may this user use it?"
+
+
+class NotRunning(HypervisorError):
+    template = "domain '{domain}' is {state}; start it first: a backup needs a running guest"
+
+
+class NbdError(HypervisorError):
+    template = "NBD export '{export}': {reason}"
+
+
+class ToolMissing(HypervisorError):
+    template = "{tool} is not installed; install {package}"
+
+
+class ToolFailed(HypervisorError):
+    template = "{tool} failed: {reason}"
+
+
+# 128 + N
+
+
+class Interrupted(CbtError):
+    template = "stopped by {signal}; nothing was published, run it again"
+
+    def __init__(self, *, number: int, signal: str) -> None:
+        super().__init__(number=number, signal=signal)
+        self.code = 128 + number  # type: ignore[misc]

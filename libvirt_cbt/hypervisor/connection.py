@@ -1,0 +1,192 @@
+"""One connection to libvirt that comes back after the daemon was restarted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, Callable, Final, Iterator, List, Optional, TypeVar
+
+from libvirt_cbt import errors, names
+
+try:
+    import libvirt
+except ImportError:  # a virtual environment without the system's packages
+    raise errors.ToolMissing(
+        tool="libvirt's Python binding",
+        package="python3-libvirt (Debian) or python3-libvirt (Fedora), "
+        "and make the virtual environment with --system-site-packages",
+    ) from None
+
+T = TypeVar("T")
+
+KEEPALIVE: Final = (5, 5)  # a silent daemon is given up after 25 s
+LOST: Final = frozenset({libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN})
+RECONNECT_SECONDS: Final = 30.0
+
+_events = threading.Lock()
+_events_running = False
+
+
+def _run_events() -> None:
+    """Starts libvirt's event loop once in this process: keepalive and the embedded driver need it."""
+    global _events_running  # noqa: PLW0603 -- libvirt's registration is per process, too
+    with _events:
+        if _events_running:
+            return
+        libvirt.registerErrorHandler(lambda *_: None, None)  # errors are raised; not printed on top
+        libvirt.virEventRegisterDefaultImpl()
+
+        def loop() -> None:
+            while True:
+                try:
+                    libvirt.virEventRunDefaultImpl()
+                except libvirt.libvirtError:
+                    time.sleep(0.1)
+
+        threading.Thread(target=loop, name="libvirt-events", daemon=True).start()
+        _events_running = True
+
+
+class Host:
+    """A libvirt connection; `lookup` and `retry` open it again when the daemon had gone.
+
+    Errors: NoHypervisor when it cannot be reached.
+    """
+
+    def __init__(self, uri: Optional[str]) -> None:
+        _run_events()
+        self._asked = uri
+        self._conn: Any = self._connect()
+        self.uri: str = self._conn.getURI()
+
+    def _connect(self) -> Any:
+        try:
+            conn = libvirt.open(self._asked)
+        except libvirt.libvirtError as e:
+            raise errors.NoHypervisor(uri=self._asked or "the default URI", reason=message(e)) from None
+        try:
+            conn.setKeepAlive(*KEEPALIVE)
+        except libvirt.libvirtError:
+            pass  # drivers without a daemon have nothing to keep alive
+        return conn
+
+    def close(self) -> None:
+        try:
+            self._conn.close()
+        except libvirt.libvirtError:
+            pass
+
+    @property
+    def embedded(self) -> bool:
+        return ":///embed" in self.uri
+
+    @property
+    def hostname(self) -> str:
+        return str(self.retry(lambda conn: conn.getHostname()))
+
+    def versions(self) -> "tuple[int, int]":
+        """(libvirt of the daemon, QEMU) as major*1000000 + minor*1000 + release."""
+        return self.retry(lambda conn: (int(conn.getLibVersion()), int(conn.getVersion())))
+
+    def retry(self, call: Callable[[Any], T]) -> T:
+        """Runs a call that may be repeated, on a new connection if the old one has broken.
+
+        Errors: NoHypervisor when the daemon does not come back within RECONNECT_SECONDS; libvirtError of the call.
+        """
+        deadline = time.monotonic() + RECONNECT_SECONDS
+        pause = 0.1
+        while True:
+            try:
+                return call(self._conn)
+            except libvirt.libvirtError as e:
+                if not lost(e, self._conn) or time.monotonic() > deadline:
+                    raise
+            self._reconnect(deadline, pause)
+            pause = min(pause * 2, 2)
+
+    def _reconnect(self, deadline: float, pause: float) -> None:
+        self.close()
+        while True:
+            time.sleep(pause)
+            try:
+                self._conn = self._connect()
+            except errors.NoHypervisor:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return
+
+    def lookup(self, uuid: names.DomainUuid) -> Any:
+        """libvirt's domain object, for this room only."""
+        try:
+            return self.retry(lambda conn: conn.lookupByUUIDString(uuid))
+        except libvirt.libvirtError as e:
+            raise self.translate(e, uuid) from None
+
+    def find(self, domain: str) -> names.DomainUuid:
+        """The UUID of a domain given by name, UUID or id, tried in the order of virsh.  Errors: NoSuchDomain."""
+
+        def tries(conn: Any) -> Any:
+            lookups: List[Callable[[], Any]] = [lambda: conn.lookupByName(domain)]
+            if domain.isdecimal() and len(domain) < 10:
+                lookups.insert(0, lambda: conn.lookupByID(int(domain)))
+            if names.is_uuid(domain):
+                lookups.insert(0, lambda: conn.lookupByUUIDString(domain))
+            for lookup in lookups:
+                try:
+                    return lookup()
+                except libvirt.libvirtError as e:
+                    if e.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                        raise
+            raise errors.NoSuchDomain(domain=names.printable(domain), uri=self.uri)
+
+        if not domain or "\0" in domain:
+            raise errors.NoSuchDomain(domain=names.printable(domain), uri=self.uri)
+        with self.translated(domain):
+            return names.domain_uuid(self.retry(tries).UUIDString())
+
+    def all(self) -> "list[tuple[str, names.DomainUuid]]":
+        """(name, UUID) of every domain, sorted by name."""
+        found = self.retry(lambda conn: conn.listAllDomains())
+        return sorted((d.name(), names.domain_uuid(d.UUIDString())) for d in found)
+
+    def volume_path(self, pool: str, volume: str) -> Optional[str]:
+        """Where a storage volume lies on the host; None when libvirt does not know."""
+        try:
+            return str(self.retry(lambda conn: conn.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()))
+        except libvirt.libvirtError:
+            return None
+
+    def translate(self, error: libvirt.libvirtError, domain: str) -> errors.CbtError:
+        """The typed error for one of libvirt's."""
+        code = error.get_error_code()
+        if code == libvirt.VIR_ERR_NO_DOMAIN:
+            return errors.NoSuchDomain(domain=names.printable(domain), uri=self.uri)
+        if lost(error, self._conn):
+            return errors.NoHypervisor(uri=self.uri, reason=message(error))
+        return errors.HypervisorError(reason=message(error))
+
+    @contextmanager
+    def translated(self, domain: str) -> Iterator[None]:
+        try:
+            yield
+        except libvirt.libvirtError as e:
+            raise self.translate(e, domain) from None
+
+
+def message(error: libvirt.libvirtError) -> str:
+    """libvirt's own sentence, safe for a terminal."""
+    return names.printable(str(error.get_error_message() or error), 500)
+
+
+def lost(error: libvirt.libvirtError, conn: Any) -> bool:
+    """Whether the connection, not the request, is what failed."""
+    if error.get_error_code() in LOST:
+        return True
+    if error.get_error_domain() in (libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE):
+        return True
+    try:
+        return not conn.isAlive()
+    except libvirt.libvirtError:
+        return True

@@ -1,0 +1,151 @@
+"""The documents given to libvirt, and what is read out of libvirt's answers to them.
+
+Every generated document begins as a file of xml_templates/ and is filled as a
+tree; tests hold each against libvirt's own RNG schemas.
+Formats: https://libvirt.org/formatbackup.html, https://libvirt.org/formatcheckpoint.html
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Dict, Optional, Sequence
+
+from libvirt_cbt import errors, names, xmldoc
+
+
+@dataclass(frozen=True)
+class JobDisk:
+    """One disk of a domain as the job's documents name it; libvirt takes an unnamed disk for one left out."""
+
+    target: str
+    scratch: Optional[str]  # None: not in the job
+    tracked: bool  # gets a bitmap in the new checkpoint
+    incremental: Optional[str] = None  # checkpoint whose bitmap is exported
+
+
+@dataclass(frozen=True)
+class Export:
+    """What libvirt says of a running job's disk."""
+
+    export: str
+    bitmap: Optional[str]
+    index: Optional[int]
+    scratch: str
+
+
+@dataclass(frozen=True)
+class RunningJob:
+    socket: str
+    disks: Dict[str, Export]
+
+
+def backup(socket: str, disks: Sequence[JobDisk]) -> str:
+    """A pull-mode backup document that names every disk of the domain."""
+    root = xmldoc.template("backup")
+    xmldoc.find(root, "server").set("socket", socket)
+    rows = xmldoc.find(root, "disks")
+    inside, outside = list(rows)
+    for row in (inside, outside):
+        rows.remove(row)
+    for disk in disks:
+        row = deepcopy(inside if disk.scratch else outside)
+        row.set("name", disk.target)
+        if disk.scratch:
+            row.set("exportname", disk.target)
+            xmldoc.find(row, "scratch").set("file", disk.scratch)
+            if disk.incremental:
+                row.set("backupmode", "incremental")
+                row.set("incremental", disk.incremental)
+                row.set("exportbitmap", f"cbt-{disk.target}")
+            else:
+                del row.attrib["exportbitmap"]
+        rows.append(row)
+    return xmldoc.serialize(root)
+
+
+def checkpoint(name: str, description: str, disks: Sequence[JobDisk]) -> str:
+    """A checkpoint document that names every disk of the domain."""
+    root = xmldoc.template("checkpoint")
+    xmldoc.find(root, "name").text = name
+    xmldoc.find(root, "description").text = description
+    rows = xmldoc.find(root, "disks")
+    inside, outside = list(rows)
+    for row in (inside, outside):
+        rows.remove(row)
+    for disk in disks:
+        row = deepcopy(inside if disk.tracked else outside)
+        row.set("name", disk.target)
+        rows.append(row)
+    return xmldoc.serialize(root)
+
+
+def running_job(text: str) -> RunningJob:
+    """Socket and exports of a job, read from backupGetXMLDesc.
+
+    After a restart of the daemon libvirt 9.0 leaves exportname out: the disk's own name is its default.
+    """
+    root = xmldoc.parse(text, "the running backup job")
+    server = root.find("server")
+    found: Dict[str, Export] = {}
+    for row in root.iterfind("disks/disk"):
+        if row.get("backup") == "no":
+            continue
+        target = row.get("name", "")
+        scratch = row.find("scratch")
+        index = row.get("index", "")
+        found[target] = Export(
+            export=row.get("exportname") or target,
+            bitmap=row.get("exportbitmap"),
+            index=int(index) if index.isdecimal() else None,
+            scratch="" if scratch is None else scratch.get("file", ""),
+        )
+    return RunningJob(socket="" if server is None else server.get("socket", ""), disks=found)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint as libvirt lists it; `disks` maps each tracked target to its dirty bytes, None where the bitmap is broken or missing."""
+
+    name: str
+    description: str
+    parent: Optional[str]
+    created: int  # seconds since the epoch
+    disks: Dict[str, Optional[int]]
+
+
+def checkpoint_info(text: str) -> CheckpointInfo:
+    root = xmldoc.parse(text, "a checkpoint of the domain")
+    disks: Dict[str, Optional[int]] = {}
+    for row in root.iterfind("disks/disk"):
+        if row.get("checkpoint") == "bitmap":
+            size = row.get("size", "")
+            disks[row.get("name", "")] = int(size) if size.isdecimal() else None
+    created = xmldoc.text(root, "creationTime")
+    return CheckpointInfo(
+        name=xmldoc.text(root, "name"),
+        description=xmldoc.text(root, "description"),
+        parent=xmldoc.text(root, "parent/name") or None,
+        created=int(created) if created.isdecimal() else 0,
+        disks=disks,
+    )
+
+
+def description(repository: str) -> str:
+    """Marks a checkpoint as ours: with it, and an entry in that repository, it may be removed by us."""
+    return f"libvirt-cbt repository={repository}"
+
+
+def repository_of(info: CheckpointInfo) -> Optional[str]:
+    """The id of the repository that a checkpoint says it belongs to; None for a checkpoint of somebody else."""
+    mark = "libvirt-cbt repository="
+    if not info.name.startswith(names.CHECKPOINT_PREFIX) or not info.description.startswith(mark):
+        return None
+    return info.description[len(mark) :].split()[0] if len(info.description) > len(mark) else None
+
+
+def require(job: RunningJob, target: str) -> Export:
+    try:
+        return job.disks[target]
+    except KeyError:
+        raise errors.HypervisorError(reason=f"the backup job does not export disk '{target}'") from None

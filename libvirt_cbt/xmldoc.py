@@ -1,0 +1,73 @@
+"""The one XML parser, and the templates that every generated document begins as.
+
+XML reaches us from libvirt, from a repository and from people; none of it is
+trusted.  No DOCTYPE (so no entities), no network, no huge trees.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+from lxml import etree
+
+from libvirt_cbt import errors
+
+MAX_BYTES: Final = 4 * 1024 * 1024
+
+
+def parse(text: str, what: str) -> etree._Element:
+    """The root of a document; `what` names it in the error.  Errors: HypervisorError."""
+    data = text.encode("utf-8", "surrogatepass")
+    if len(data) > MAX_BYTES:
+        raise errors.HypervisorError(reason=f"{what} is longer than {MAX_BYTES} bytes")
+    # A parser for each call: lxml parsers are not to be shared between threads.
+    parser = etree.XMLParser(
+        resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False, remove_blank_text=True
+    )
+    try:
+        root = etree.fromstring(data, parser)
+    except (etree.XMLSyntaxError, ValueError) as e:
+        raise errors.HypervisorError(reason=f"{what} is not well-formed XML: {e}") from None
+    if root.getroottree().docinfo.doctype:
+        raise errors.HypervisorError(reason=f"{what} carries a DOCTYPE, which libvirt never writes")
+    return root
+
+
+def serialize(root: etree._Element) -> str:
+    text: str = etree.tostring(root, pretty_print=True, encoding="unicode")
+    return text
+
+
+def template(name: str) -> etree._Element:
+    """A fresh tree of xml_templates/<name>.xml, its comments taken out."""
+    root = parse(_template_text(name), f"template {name}.xml")
+    for comment in list(root.iter(etree.Comment)):
+        parent = comment.getparent()
+        if parent is not None:
+            parent.remove(comment)
+    return root
+
+
+@lru_cache(maxsize=None)
+def _template_text(name: str) -> str:
+    # In a wheel the folder is inside the package; in a checkout (also an editable install) it is beside it.
+    inside = resources.files("libvirt_cbt") / "xml_templates" / f"{name}.xml"
+    if inside.is_file():
+        return inside.read_text(encoding="utf-8")
+    return (Path(__file__).parent.parent / "xml_templates" / f"{name}.xml").read_text(encoding="utf-8")
+
+
+def find(parent: etree._Element, path: str) -> etree._Element:
+    """The element at `path`, which must exist (in a template of ours)."""
+    found = parent.find(path)
+    if found is None:
+        raise LookupError(f"template has no {path}")
+    return found
+
+
+def text(parent: etree._Element, path: str) -> str:
+    """The text of the element at `path`; empty when either is missing."""
+    return (parent.findtext(path) or "").strip()
