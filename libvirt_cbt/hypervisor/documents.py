@@ -11,6 +11,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Dict, Optional, Sequence
 
+from lxml import etree
+
 from libvirt_cbt import errors, names, xmldoc
 
 
@@ -149,3 +151,14 @@ def require(job: RunningJob, target: str) -> Export:
         return job.disks[target]
     except KeyError:
         raise errors.HypervisorError(reason=f"the backup job does not export disk '{target}'") from None
+
+
+def redefinition(info: CheckpointInfo, disks: Sequence[JobDisk]) -> str:
+    """A document that gives a checkpoint's metadata back to libvirt (flag REDEFINE), without a parent."""
+    root = xmldoc.parse(checkpoint(info.name, info.description, disks), "our own document")
+    created = etree.SubElement(root, "creationTime")
+    created.text = str(info.created)
+    for row in root.iterfind("disks/disk"):
+        if row.get("checkpoint") == "bitmap":
+            row.set("bitmap", info.name)
+    return xmldoc.serialize(root)

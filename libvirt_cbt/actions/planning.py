@@ -1,0 +1,179 @@
+"""Decides, per disk and before any freeze, what a new generation does: full, incremental or mark, and why."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Collection, Dict, Final, List, Optional, Tuple
+
+from libvirt_cbt import errors, names
+from libvirt_cbt.hypervisor import documents, domain
+from libvirt_cbt.repository import manifest, store
+
+MAX_CHAIN: Final = 60  # reading slows with depth; facts in design.md
+
+ALL: Final = "all"
+DIRTY: Final = "dirty"
+NOTHING: Final = "nothing"
+MODES: Final = {ALL: "full", DIRTY: "incremental", NOTHING: "mark"}
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """One disk in a new generation.
+
+    `base` is the generation whose checkpoint the bitmap counts from, None for a disk that begins a lineage; `parent`
+    the backup whose layer lies below; `since` the parent's generation: stored deltas after it are copied too.
+    """
+
+    disk: domain.Disk
+    copy: str
+    reason: Optional[str]
+    lineage: str
+    base: Optional[int] = None
+    checkpoint: Optional[str] = None
+    parent: Optional[names.BackupId] = None
+    since: int = 0
+    estimate: int = 0  # dirty bytes, for the dry run and the progress
+
+    @property
+    def target(self) -> str:
+        return self.disk.target
+
+    @property
+    def mode(self) -> str:
+        return MODES[self.copy]
+
+
+Plans = Tuple[List[DiskPlan], List[manifest.Unprotected]]
+
+
+def plan(
+    dom: domain.Domain,
+    kept: store.DomainStore,
+    checkpoints: Dict[str, documents.CheckpointInfo],
+    *,
+    full: bool,
+    only: Collection[str],
+    exclude: Collection[str],
+) -> Plans:
+    """Plans of the disks that join the job, and the disks that are not protected with the reason of each.
+
+    Errors: NoSuchDisk for a name in `only` or `exclude` that the domain does not have; Usage when nothing is left.
+    """
+    for target in (*only, *exclude):
+        dom.disk(target)
+    history = kept.generations()
+    plans: List[DiskPlan] = []
+    unprotected: List[manifest.Unprotected] = []
+    for disk in dom.disks:
+        left_out = disk.target in exclude or bool(only and disk.target not in only)
+        if left_out:
+            unprotected.append(manifest.Unprotected(target=disk.target, reason="it was excluded by the command line"))
+        elif disk.unprotected:
+            unprotected.append(manifest.Unprotected(target=disk.target, reason=disk.unprotected))
+        # A tracked disk that is left out still joins as a mark, so that its tracking goes on.
+        if not disk.unprotected and not (left_out and disk.untracked):
+            plans.append(_disk(disk, kept, history, checkpoints, full=full, mark=left_out))
+    if all(p.copy == NOTHING for p in plans):
+        raise errors.Usage(
+            reason=f"no disk of domain '{names.printable(dom.name)}' is left to back up: "
+            + "; ".join(f"{u.target}: {u.reason}" for u in unprotected)
+        )
+    return plans, unprotected
+
+
+def _disk(
+    disk: domain.Disk,
+    kept: store.DomainStore,
+    history: List[manifest.Manifest],
+    checkpoints: Dict[str, documents.CheckpointInfo],
+    *,
+    full: bool,
+    mark: bool,
+) -> DiskPlan:
+    broken = disk.untracked or _broken(disk, history, checkpoints)
+    if broken:
+        first = not any(m.disk(disk.target) for m in history) and not disk.untracked
+        reason = "first backup of this disk" if first else broken
+        return DiskPlan(disk, NOTHING if mark else ALL, reason, names.new_lineage(), estimate=disk.capacity)
+    newest = history[-1]
+    entry = newest.require(disk.target)
+    dirty = checkpoints[newest.checkpoint or ""].disks[disk.target] or 0
+    tracked = DiskPlan(
+        disk, NOTHING, None, entry.lineage, base=newest.generation, checkpoint=newest.checkpoint, estimate=dirty
+    )
+    if mark:
+        return tracked
+    parent = _parent(disk.target, entry.lineage, history)
+    why_full = "asked for with --full" if full else _chain_unfit(kept, parent, disk.target)
+    if why_full or parent is None:
+        return _replace(tracked, copy=ALL, reason=why_full, estimate=disk.capacity)
+    return _replace(tracked, copy=DIRTY, parent=names.BackupId(parent.id), since=parent.generation)
+
+
+def _replace(old: DiskPlan, **changes: object) -> DiskPlan:
+    from dataclasses import replace
+
+    return replace(old, **changes)  # type: ignore[arg-type]
+
+
+def _broken(
+    disk: domain.Disk, history: List[manifest.Manifest], checkpoints: Dict[str, documents.CheckpointInfo]
+) -> Optional[str]:
+    """Why the newest generation's bitmap cannot be trusted for this disk; None when it can.
+
+    The bitmap itself proves the image: its name is random and no other image has it, but for copies and for the other
+    disks of the same domain, which is why a disk that is now where another one was starts anew.
+    """
+    if not history:
+        return "first backup of this domain"
+    newest = history[-1]
+    entry = newest.disk(disk.target)
+    if entry is None:
+        return f"generation {newest.generation} does not have this disk"
+    if newest.checkpoint not in checkpoints:
+        return f"libvirt no longer has the checkpoint of generation {newest.generation}"
+    if checkpoints[newest.checkpoint].disks.get(disk.target) is None:
+        return f"the bitmap of generation {newest.generation} is missing or broken in the image"
+    if disk.capacity < entry.capacity:
+        return f"the disk shrank from {entry.capacity} to {disk.capacity} bytes"
+    for was, now, what in ((entry.serial, disk.serial, "serial"), (entry.wwn, disk.wwn, "WWN")):
+        if was != now:
+            return f"the disk's {what} changed from {was} to {now}"
+    for other in newest.disks:
+        if other.target != disk.target and _same_image(disk, other):
+            return f"this image was disk {other.target} in generation {newest.generation}"
+    return None
+
+
+def _same_image(disk: domain.Disk, entry: manifest.ManifestDisk) -> bool:
+    """Whether the disk's own image (not a backing file that many may share) is the one recorded as another disk."""
+    if entry.source.inode is not None and disk.inodes:
+        return entry.source.inode == disk.inodes[0]
+    return entry.source.path == disk.source
+
+
+def _parent(target: str, lineage: str, history: List[manifest.Manifest]) -> Optional[manifest.Manifest]:
+    for entry in reversed(history):
+        disk = entry.disk(target)
+        if disk is None or disk.lineage != lineage:
+            return None
+        if disk.mode != "mark":
+            return entry
+    return None
+
+
+def _chain_unfit(kept: store.DomainStore, parent: Optional[manifest.Manifest], target: str) -> Optional[str]:
+    if parent is None:
+        return "no earlier backup of this disk holds data"
+    try:
+        chain = kept.chain(names.BackupId(parent.id), target)
+    except errors.Damaged as e:
+        return f"the chain below is damaged: {e}"
+    if len(chain) >= MAX_CHAIN:
+        return f"the chain has {len(chain)} layers"
+    for link in chain:
+        if not os.path.exists(link.layer):
+            return f"the layer of backup {link.backup} is missing"
+    return None

@@ -1,0 +1,131 @@
+"""Writes that survive a crash, and errors of the file system as sentences.
+
+Order is the caller's: files first, then the directory that names them, then the
+rename that publishes them.  A failed fsync is never tried again: after it the
+kernel may have dropped the very pages that it could not write.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import contextmanager
+from typing import Final, Iterator
+
+from libvirt_cbt import errors
+
+FILE_MODE: Final = 0o600
+DIRECTORY_MODE: Final = 0o700
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def explained(repository: str, path: str) -> Iterator[None]:
+    """OSError inside becomes RepositoryFull, RepositoryDenied or RepositoryError."""
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or str(e)
+        if e.errno in _FULL:
+            raise errors.RepositoryFull(repository=repository, path=path) from None
+        if e.errno in _DENIED:
+            raise errors.RepositoryDenied(repository=repository, reason=f"{path}: {reason}") from None
+        raise errors.RepositoryError(reason=f"repository {repository}: {path}: {reason}") from None
+
+
+def make_directory(path: str) -> None:
+    """A new directory of mode 0700 whatever the umask, durable in its parent."""
+    os.mkdir(path, DIRECTORY_MODE)
+    os.chmod(path, DIRECTORY_MODE)
+    sync_directory(os.path.dirname(path))
+
+
+def ensure_directory(path: str) -> None:
+    """As make_directory, for one that may be there already (and then is a directory, not a link to one)."""
+    try:
+        make_directory(path)
+    except FileExistsError:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise
+
+
+def create(path: str) -> int:
+    """A descriptor of a new file, mode 0600; never an existing file, never through a link."""
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+    os.fchmod(fd, FILE_MODE)
+    return fd
+
+
+def write_new(path: str, data: bytes) -> None:
+    """A new file with its content on disk; its name is durable once the directory is synced."""
+    fd = create(path)
+    try:
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: "bytes | memoryview") -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+
+
+def replace(path: str, data: bytes) -> None:
+    """The file holds either the old or the new content at every moment, the new one durably on return."""
+    part = f"{path}.new"
+    try:
+        os.unlink(part)  # left by a crash before the rename
+    except FileNotFoundError:
+        pass
+    write_new(part, data)
+    os.rename(part, path)
+    sync_directory(os.path.dirname(path))
+
+
+def sync_file(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(source: str, destination: str) -> None:
+    """Renames a directory to a name that does not exist, durably in both parents: the commit point of a backup."""
+    if os.path.lexists(destination):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), destination)
+    os.rename(source, destination)
+    sync_directory(os.path.dirname(destination))
+    sync_directory(os.path.dirname(source))
+
+
+def read(path: str, limit: int) -> bytes:
+    """A small regular file, not through a link.  Errors: OSError; ValueError when it is longer than `limit` bytes."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("it is not a regular file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is longer than {limit} bytes")
+    return data
+
+
+def remove_directory(path: str) -> None:
+    """Removes a flat directory of ours with the files in it; links are removed, not followed."""
+    for entry in list(os.scandir(path)):
+        os.unlink(entry.path)
+    os.rmdir(path)
+    sync_directory(os.path.dirname(path))

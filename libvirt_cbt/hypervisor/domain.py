@@ -1,0 +1,210 @@
+"""A domain as its live XML describes it: which disks there are and which of them can be protected."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final, List, Optional, Tuple
+
+import libvirt
+from lxml import etree
+
+from libvirt_cbt import errors, names, xmldoc
+from libvirt_cbt.hypervisor import connection
+
+STATES: Final = ("in no state", "running", "blocked", "paused", "shutting down", "shut off", "crashed", "suspended")
+AGENT_CHANNEL: Final = "org.qemu.guest_agent.0"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One disk; `unprotected` says why it cannot be backed up, `untracked` why it cannot hold a bitmap."""
+
+    target: str
+    source_type: str  # file, block, volume, network
+    source: str  # path, or a description of what has none
+    format: str
+    capacity: int  # bytes
+    inodes: Tuple[str, ...]  # "dev:inode" of the image and its backing files, where they are local
+    serial: Optional[str]
+    wwn: Optional[str]
+    encrypted: bool
+    unprotected: Optional[str]
+    untracked: Optional[str]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain at one moment; `xml` is without secrets."""
+
+    name: str
+    uuid: names.DomainUuid
+    state: int
+    persistent: bool
+    disks: Tuple[Disk, ...]
+    agent: str  # connected, disconnected, absent
+    qemu_ids: Optional[Tuple[int, int]]  # user and group of its QEMU, where libvirt gave it others than ours
+    xml: str
+
+    @property
+    def running(self) -> bool:
+        return self.state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED, libvirt.VIR_DOMAIN_PAUSED)
+
+    @property
+    def state_name(self) -> str:
+        return STATES[self.state] if self.state < len(STATES) else "in an unknown state"
+
+    def disk(self, target: str) -> Disk:
+        for disk in self.disks:
+            if disk.target == target:
+                return disk
+        known = ", ".join(d.target for d in self.disks) or "none"
+        raise errors.NoSuchDisk(domain=names.printable(self.name), target=names.printable(target), known=known)
+
+
+def read(host: connection.Host, uuid: names.DomainUuid) -> Domain:
+    """The domain as it is now.  Errors: NoSuchDomain, HypervisorError."""
+    dom = host.lookup(uuid)
+    with host.translated(uuid):
+        xml = dom.XMLDesc(0)
+        state = dom.state()[0]
+        root = xmldoc.parse(xml, f"the XML of domain {uuid}")
+        disks: List[Disk] = []
+        for row in root.iterfind("devices/disk"):
+            disk = _disk(host, dom, row)
+            if disk:
+                disks.append(disk)
+        persistent = bool(dom.isPersistent())
+    return Domain(
+        name=xmldoc.text(root, "name") or str(uuid),
+        uuid=uuid,
+        state=state,
+        persistent=persistent,
+        disks=tuple(disks),
+        agent=_agent(root),
+        qemu_ids=_qemu_ids(root),
+        xml=xml,
+    )
+
+
+def alive(host: connection.Host, uuid: names.DomainUuid) -> bool:
+    """Whether the guest still runs; a host that does not answer counts as yes."""
+    try:
+        state = host.retry(lambda conn: conn.lookupByUUIDString(uuid).state()[0])
+    except libvirt.libvirtError as e:
+        return bool(e.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN)
+    return state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED, libvirt.VIR_DOMAIN_PAUSED)
+
+
+def allocation(host: connection.Host, uuid: names.DomainUuid, target: str) -> int:
+    """Bytes that a disk's image occupies: what a full backup reads at most."""
+    with host.translated(uuid):
+        return int(host.lookup(uuid).blockInfo(target)[1])
+
+
+def _agent(root: etree._Element) -> str:
+    for channel in root.iterfind("devices/channel/target"):
+        if channel.get("name") == AGENT_CHANNEL:
+            return channel.get("state") or "disconnected"
+    return "absent"
+
+
+def _qemu_ids(root: etree._Element) -> Optional[Tuple[int, int]]:
+    """From <seclabel model='dac'><label>+64055:+109</label>: libvirt tells whom QEMU runs as."""
+    for label in root.iterfind("seclabel"):
+        if label.get("model") == "dac":
+            user, _, group = xmldoc.text(label, "label").partition(":")
+            if user.lstrip("+").isdecimal() and group.lstrip("+").isdecimal():
+                return int(user.lstrip("+")), int(group.lstrip("+"))
+    return None
+
+
+def _disk(host: connection.Host, dom: object, row: etree._Element) -> Optional[Disk]:
+    target_row = row.find("target")
+    if target_row is None:
+        return None
+    target = names.target(target_row.get("dev", ""))
+    source_type, source = _source(host, row)
+    driver = row.find("driver")
+    fmt = "raw" if driver is None else driver.get("type", "raw")
+    unprotected = _unprotected(row, source)
+    capacity = 0
+    if not unprotected:
+        try:
+            capacity = int(dom.blockInfo(target)[0])  # type: ignore[attr-defined]
+        except libvirt.libvirtError as e:
+            unprotected = f"its size cannot be read: {connection.message(e)}"
+        if not unprotected and not capacity:
+            unprotected = "it is empty"
+    local = source_type in ("file", "block", "volume")
+    return Disk(
+        target=target,
+        source_type=source_type,
+        source=source,
+        format=fmt,
+        capacity=capacity,
+        inodes=_inodes(row, source) if local else (),
+        serial=xmldoc.text(row, "serial") or None,
+        wwn=xmldoc.text(row, "wwn") or None,
+        encrypted=row.find("encryption") is not None or row.find("source/encryption") is not None,
+        unprotected=unprotected,
+        untracked=None if unprotected else _untracked(fmt, source if local else ""),
+    )
+
+
+def _source(host: connection.Host, row: etree._Element) -> Tuple[str, str]:
+    kind = row.get("type", "file")
+    source = row.find("source")
+    if source is None:
+        return kind, ""
+    if kind == "volume":
+        pool, volume = source.get("pool", ""), source.get("volume", "")
+        return kind, host.volume_path(pool, volume) or f"{pool}/{volume}"
+    if kind == "network":
+        return kind, f"{source.get('protocol', '')}:{source.get('name', '')}"
+    return kind, source.get("file") or source.get("dev") or source.get("dir") or source.get("path") or ""
+
+
+def _unprotected(row: etree._Element, source: str) -> Optional[str]:
+    device = row.get("device", "disk")
+    if device != "disk":
+        return f"it is a {device}"
+    if row.find("readonly") is not None:
+        return "it is read-only"
+    if row.find("shareable") is not None:
+        return "it is shareable: other guests may write to it"
+    if row.find("transient") is not None:
+        return "it is transient: its changes are thrown away"
+    if row.get("type") not in ("file", "block", "volume", "network"):
+        return f"its source type '{row.get('type')}' cannot be exported"
+    if not source:
+        return "it has no source"
+    return None
+
+
+def _untracked(fmt: str, path: str) -> Optional[str]:
+    """Only qcow2 version 3 keeps bitmaps; a header that this user may not read is taken for one that does."""
+    if fmt != "qcow2":
+        return f"a {fmt} image cannot hold a bitmap"
+    try:
+        with open(path, "rb", buffering=0) as image:
+            header = image.read(8)
+    except OSError:
+        return None
+    if header[:4] == b"QFI\xfb" and int.from_bytes(header[4:8], "big") < 3:
+        return "a qcow2 image of version 2 cannot hold a bitmap (`qemu-img amend -o compat=1.1` with the guest off)"
+    return None
+
+
+def _inodes(row: etree._Element, source: str) -> Tuple[str, ...]:
+    paths = [source] + [
+        s.get("file") or s.get("dev") or "" for s in row.iterfind(".//backingStore/source")
+    ]
+    found = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            continue
+        found.append(f"{status.st_dev}:{status.st_ino}")
+    return tuple(found)

@@ -1,0 +1,152 @@
+"""One pull-mode backup job: begun in the same transaction as its checkpoint, ended exactly once.
+
+https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainBackupBegin
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Dict, Final, Optional
+
+import libvirt
+
+from libvirt_cbt import errors, names
+from libvirt_cbt.hypervisor import checkpoints, connection, documents
+
+OPERATIONS: Final[Dict[int, str]] = {
+    1: "a start",
+    2: "a save",
+    3: "a restore",
+    4: "an incoming migration",
+    5: "an outgoing migration",
+    6: "a snapshot",
+    7: "a snapshot revert",
+    8: "a dump",
+    9: "a backup",
+}
+END_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """Somebody's job on a domain; `socket` is where it exports, for a backup over a unix socket."""
+
+    what: str
+    seconds: Optional[float]
+    socket: Optional[str]
+
+
+def running(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]:
+    """The job that keeps a domain busy; asked so that nobody waits 30 s for libvirt's own lock."""
+    dom = host.lookup(uuid)
+    with host.translated(uuid):
+        if not dom.isActive():
+            return None
+        stats = dom.jobStats()
+    if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
+        return _block_job(host, uuid)
+    elapsed = stats.get("time_elapsed")
+    socket = None
+    if stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+        try:
+            socket = documents.running_job(dom.backupGetXMLDesc(0)).socket or None
+        except (libvirt.libvirtError, errors.HypervisorError):
+            socket = None  # it ended while we looked
+    what = OPERATIONS.get(stats.get("operation", 0), "another job")
+    return Running(what, None if elapsed is None else elapsed / 1000, socket)
+
+
+def _block_job(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]:
+    from libvirt_cbt.hypervisor import domain  # a sibling that reads the XML; only needed here
+
+    dom = host.lookup(uuid)
+    for disk in domain.read(host, uuid).disks:
+        try:
+            info = dom.blockJobInfo(disk.target, 0)
+        except libvirt.libvirtError:
+            continue
+        if info:
+            return Running(f"a block job on disk {disk.target}", None, None)
+    return None
+
+
+def wait_idle(host: connection.Host, uuid: names.DomainUuid, name: str, seconds: float) -> None:
+    """Returns when the domain has no job.  Errors: DomainBusy when it still has one after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        job = running(host, uuid)
+        if job is None:
+            return
+        if time.monotonic() >= deadline:
+            since = "" if job.seconds is None else f" since {job.seconds:.0f} s"
+            raise errors.DomainBusy(domain=names.printable(name), job=job.what, since=since)
+        time.sleep(min(0.5, max(0.01, deadline - time.monotonic())))
+
+
+def begin(host: connection.Host, uuid: names.DomainUuid, backup: str, checkpoint: Optional[str], name: str) -> None:
+    """Begins the job and creates checkpoint `name` in one transaction; after an error neither is left.
+
+    The scratch files exist already (REUSE_EXTERNAL).  Errors: HypervisorError with libvirt's reason.
+    """
+    dom = host.lookup(uuid)
+    try:
+        dom.backupBegin(backup, checkpoint, libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL)
+    except libvirt.libvirtError as e:
+        first = host.translate(e, uuid)
+        # When the export step fails the job is gone but the checkpoint stays behind.
+        try:
+            if checkpoint:
+                checkpoints.delete(host, uuid, name)
+        except errors.CbtError:
+            pass  # the first error is the one to tell; the intent lets the next run clean up
+        raise first from None
+
+
+def exports(host: connection.Host, uuid: names.DomainUuid) -> documents.RunningJob:
+    """What the running job exports."""
+    dom = host.lookup(uuid)
+    with host.translated(uuid):
+        return documents.running_job(dom.backupGetXMLDesc(0))
+
+
+def end(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
+    """Ends the job that exports on `socket`, and only that one; True when there was one.
+
+    Errors: HypervisorError when it does not go away.
+    """
+    job = _ours(host, uuid, socket)
+    if not job:
+        return False
+    deadline = time.monotonic() + END_SECONDS
+    while True:
+        try:
+            host.lookup(uuid).abortJob()
+        except libvirt.libvirtError as e:
+            # Ended by itself meanwhile (a guest that was switched off), or a lost connection: looked at again below.
+            failure: Optional[str] = connection.message(e)
+        else:
+            failure = None
+        for _ in range(20):
+            if not _ours(host, uuid, socket):
+                return True
+            time.sleep(0.02)
+        if time.monotonic() > deadline:
+            raise errors.HypervisorError(
+                reason=f"the backup job on domain {uuid} does not end ({failure or 'no reason given'}); "
+                f"`libvirt-cbt recover {uuid}` ends it once the domain answers"
+            )
+
+
+def _ours(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
+    """Whether the domain's backup job exports on our socket: a path with our random id is the proof of ownership."""
+    try:
+        dom = host.lookup(uuid)
+        text = host.retry(lambda conn: conn.lookupByUUIDString(uuid).backupGetXMLDesc(0)) if dom else ""
+    except errors.NoSuchDomain:
+        return False
+    except libvirt.libvirtError as e:
+        if connection.lost(e, host._conn):  # noqa: SLF001 -- the same room
+            raise host.translate(e, uuid) from None
+        return False
+    return documents.running_job(text).socket == socket

@@ -1,0 +1,125 @@
+"""Scratch files and the socket's folder: all that a job needs on disk, made beforehand and removed afterwards.
+
+Every path carries the backup's id, is made fresh (an old scratch would silently
+hide the disk: facts of REUSE_EXTERNAL) and is known to the intent before it exists.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Dict, Final, Iterator, List, Mapping, Optional, Tuple
+
+from libvirt_cbt import errors, names, tools
+
+SOCKET_PATH_MAX: Final = 107
+ROOM_FLOOR: Final = 16 * 1024 * 1024  # a job is not begun with less
+DEFAULT_DIRECTORY: Final = "/var/lib/libvirt/cbt-scratch"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one job's files lie; nothing exists yet."""
+
+    run_dir: str
+    socket: str
+    directory: str  # of the scratch files, ours alone
+    scratch: Dict[str, str]  # by target
+
+
+def run_root() -> str:
+    """The folder of sockets: /run/libvirt-cbt for root, the user's runtime directory otherwise."""
+    asked = os.environ.get("LIBVIRT_CBT_RUN_DIR")
+    if asked:
+        return os.path.abspath(asked)
+    if os.geteuid() == 0:
+        return "/run/libvirt-cbt"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return os.path.join(runtime, "libvirt-cbt") if runtime else f"{tempfile.gettempdir()}/libvirt-cbt-{os.geteuid()}"
+
+
+def scratch_root(asked: Optional[str]) -> str:
+    if asked:
+        return os.path.abspath(asked)
+    if os.geteuid() == 0:
+        return DEFAULT_DIRECTORY
+    data = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(data, "libvirt-cbt", "scratch")
+
+
+def places(backup: names.BackupId, targets: List[str], scratch_dir: Optional[str]) -> Places:
+    """Errors: ScratchDenied when the socket's path would be too long for the kernel."""
+    run_dir = os.path.join(run_root(), backup)
+    socket = os.path.join(run_dir, "nbd.sock")
+    if len(os.fsencode(socket)) > SOCKET_PATH_MAX:
+        raise errors.ScratchDenied(
+            directory=run_dir, reason="a socket's path has 107 bytes at most; set LIBVIRT_CBT_RUN_DIR to a shorter one"
+        )
+    directory = os.path.join(scratch_root(scratch_dir), names.checkpoint(backup))
+    return Places(run_dir, socket, directory, {t: os.path.join(directory, f"{t}.qcow2") for t in targets})
+
+
+@contextmanager
+def made(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, int]]) -> Iterator[None]:
+    """Makes folder, scratch files (sparse qcow2 of the disks' sizes) and the socket's folder; removes them at the end.
+
+    QEMU's group may enter and make its socket, nobody else: 0730.  Errors: ScratchDenied, ScratchSpace.
+    """
+    try:
+        _make_directories(where, qemu_ids)
+        free = room(where.directory)
+        if free < ROOM_FLOOR:
+            raise errors.ScratchSpace(directory=os.path.dirname(where.directory), free=free, needed=ROOM_FLOOR)
+        for target, path in where.scratch.items():
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            tools.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(sizes[target])])
+        yield
+    except OSError as e:
+        raise errors.ScratchDenied(directory=os.path.dirname(where.directory), reason=e.strerror or str(e)) from None
+    finally:
+        remove(where)
+
+
+def _make_directories(where: Places, qemu_ids: Optional[Tuple[int, int]]) -> None:
+    for path, shared in ((where.run_dir, 0o730), (where.directory, 0o710)):
+        parent = os.path.dirname(path)
+        if not os.path.isdir(parent):
+            os.makedirs(os.path.dirname(parent), mode=0o755, exist_ok=True)
+            os.mkdir(parent, 0o711)  # to be passed through, not listed
+        os.mkdir(path, 0o700)
+        if qemu_ids and os.geteuid() == 0:
+            os.chown(path, 0, qemu_ids[1])
+            os.chmod(path, shared)
+
+
+def room(directory: str) -> int:
+    """Bytes that a normal user may still write where `directory` is."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def remove(where: Places) -> List[str]:
+    """Removes what is there of one job's files, and only files of the expected kind; returns the paths that went."""
+    gone = [path for path in where.scratch.values() if _unlink(path, stat.S_ISREG)]
+    if _unlink(where.socket, stat.S_ISSOCK):
+        gone.append(where.socket)
+    for directory in (where.directory, where.run_dir):
+        try:
+            os.rmdir(directory)
+        except OSError:
+            continue  # not there, or it holds something that is not ours
+        gone.append(directory)
+    return gone
+
+
+def _unlink(path: str, kind: object) -> bool:
+    try:
+        if not kind(os.lstat(path).st_mode):  # type: ignore[operator]
+            return False
+        os.unlink(path)
+    except OSError:
+        return False
+    return True

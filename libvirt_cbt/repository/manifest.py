@@ -1,0 +1,197 @@
+"""The JSON documents of a repository as checked models.
+
+They come from disk and are not trusted: strict types, no unknown fields, and a
+seal, the BLAKE3 of all other fields, so that a flipped bit is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated, Any, Dict, Final, List, Literal, Optional, Type, TypeVar
+
+import blake3
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from libvirt_cbt import durable, errors
+
+FORMAT: Final = 1
+MAX_BYTES: Final = 16 * 1024 * 1024
+
+Hex16 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}\Z")]
+Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
+Uuid = Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
+TargetName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_:-]{0,31}\Z")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_:.-]{0,63}\Z")]
+CheckpointName = Annotated[str, Field(pattern=r"^cbt-[0-9a-f]{16}\Z")]
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, lt=2**53)]
+
+M = TypeVar("M", bound="Sealed")
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Sealed(Model):
+    """A document that carries the digest of itself."""
+
+    format: int = FORMAT
+
+    def dump(self) -> bytes:
+        fields = self.model_dump(mode="json")
+        fields["digest"] = _seal(fields)
+        return (json.dumps(fields, indent=1, ensure_ascii=True) + "\n").encode()
+
+    @classmethod
+    def load(cls: Type[M], path: str) -> M:
+        """Errors: Damaged naming the file; RepositoryVersion for another format; OSError when it cannot be read."""
+        try:
+            fields = json.loads(durable.read(path, MAX_BYTES))
+            if not isinstance(fields, dict):
+                raise ValueError("it is no JSON object")
+            digest = fields.pop("digest", None)
+            if digest == _seal(fields):
+                if fields.get("format") != FORMAT:
+                    raise errors.RepositoryVersion(
+                        repository=os.path.dirname(path), found=fields.get("format"), known=FORMAT
+                    )
+                return cls.model_validate_json(json.dumps(fields))
+        except ValidationError as e:
+            first = e.errors(include_url=False)[0]
+            reason = f"{'.'.join(str(x) for x in first['loc'])}: {first['msg']}"
+        except (ValueError, RecursionError) as e:
+            reason = str(e)
+        else:
+            reason = "its digest does not match its content"
+        raise errors.Damaged(path=path, reason=reason)
+
+
+def _seal(fields: Dict[str, Any]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return blake3.blake3(canonical.encode()).hexdigest()
+
+
+class DomainName(Model):
+    uuid: Uuid
+    name: str = Field(max_length=1024)
+
+
+class Quiesce(Model):
+    requested: Literal["auto", "agent", "none"]
+    result: Literal["frozen", "failed", "none"]
+    frozen_ms: Optional[float]
+
+
+class Source(Model):
+    """`inode` is "device:inode" of the image itself, where it was local."""
+
+    type: str = Field(max_length=64)
+    path: str = Field(max_length=8192)
+    format: str = Field(max_length=64)
+    inode: Optional[str] = Field(max_length=64)
+
+
+class Delta(Model):
+    """`digest` is the BLAKE3 of the whole .npy file."""
+
+    digest: Hex64
+    extents: Bytes
+
+
+class ManifestDisk(Model):
+    target: TargetName
+    mode: Literal["full", "incremental", "mark"]
+    reason: Optional[str] = Field(max_length=4096)
+    base: Optional[Count]
+    parent: Optional[Hex16]
+    lineage: Uuid
+    capacity: Bytes
+    granularity: Optional[Bytes]
+    source: Source
+    serial: Optional[str] = Field(max_length=1024)
+    wwn: Optional[str] = Field(max_length=64)
+    delta: Delta
+    change_id: str = Field(max_length=128)
+    dirty_bytes: Bytes
+    data_bytes: Bytes
+    zero_bytes: Bytes
+    read_bytes: Bytes
+    stored_bytes: Bytes
+
+
+class Unprotected(Model):
+    target: TargetName
+    reason: str = Field(max_length=4096)
+
+
+class Manifest(Sealed):
+    """One generation; never changes once it is published."""
+
+    id: Hex16
+    repository: Hex16
+    domain: DomainName
+    generation: Count
+    checkpoint: Optional[CheckpointName]
+    kind: Literal["full", "incremental", "mixed", "mark"]
+    started: str = Field(max_length=40)
+    frozen_at: str = Field(max_length=40)
+    finished: str = Field(max_length=40)
+    host: str = Field(max_length=1024)
+    uri: str = Field(max_length=4096)
+    tool: str = Field(max_length=64)
+    quiesce: Quiesce
+    disks: List[ManifestDisk]
+    unprotected: List[Unprotected]
+    files: Dict[FileName, Hex64]
+    warnings: List[str]
+
+    def disk(self, target: str) -> Optional[ManifestDisk]:
+        return next((d for d in self.disks if d.target == target), None)
+
+    def require(self, target: str) -> ManifestDisk:
+        """Errors: NoSuchDisk."""
+        found = self.disk(target)
+        if found is None:
+            known = ", ".join(d.target for d in self.disks) or "none"
+            raise errors.NoSuchDisk(domain=self.domain.name, target=target, known=known)
+        return found
+
+
+class LayerEntry(Model):
+    file: FileName
+    parent: Optional[Hex16]
+    contents: FileName
+    digest: Hex64
+
+
+class Layers(Sealed):
+    """Where the data of a backup lies now; replaced as a whole when layers merge."""
+
+    backup: Hex16
+    disks: Dict[TargetName, LayerEntry]
+
+
+class RepositoryFile(Sealed):
+    id: Hex16
+
+
+class Intent(Sealed):
+    """What a run may have left outside the repository, written before its first effect."""
+
+    id: Hex16
+    repository: Hex16
+    domain: DomainName
+    host: str = Field(max_length=1024)  # of libvirt
+    tool_host: str = Field(max_length=1024)
+    boot_id: str = Field(max_length=64)
+    uri: str = Field(max_length=4096)
+    checkpoint: CheckpointName
+    run_dir: str = Field(max_length=4096)
+    socket: str = Field(max_length=4096)
+    scratch_dir: str = Field(max_length=4096)
+    scratch: Dict[TargetName, str]
+    phase: Literal["planned", "freezing", "running"]
+    pid: int
+    started: str = Field(max_length=40)

@@ -1,0 +1,125 @@
+"""Arrays of extents as .npy files: written as a stream, read in windows by pread.
+
+A mapped file would count as memory, and a header from disk is not trusted: what
+is accepted is exactly what the writer here writes, and numpy's own loader is
+not asked.  Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final, Tuple
+
+import blake3
+import numpy as np
+
+from libvirt_cbt import durable, errors, extents
+
+HEADER_BYTES: Final = 256
+SLICE: Final = 65536  # rows read at once where all are wanted
+
+
+def _header(dtype: "np.dtype[Any]", rows: int) -> bytes:
+    text = f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': ({rows},), }}"
+    body = text.encode("ascii")
+    return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + body.ljust(HEADER_BYTES - 11) + b"\n"
+
+
+class Writer:
+    """Appends arrays of one dtype to a new file; `finish` writes the header, syncs, and gives (digest, rows)."""
+
+    def __init__(self, path: str, dtype: "np.dtype[Any]") -> None:
+        self.path, self._dtype, self._rows = path, dtype, 0
+        self._fd = durable.create(path)
+        durable.write_all(self._fd, _header(dtype, 0))
+
+    def append(self, rows: extents.Extents) -> None:
+        if len(rows):
+            if rows.dtype != self._dtype:
+                raise TypeError(f"{rows.dtype} is not {self._dtype}")
+            durable.write_all(self._fd, np.ascontiguousarray(rows).tobytes())
+            self._rows += len(rows)
+
+    def finish(self) -> Tuple[str, int]:
+        os.pwrite(self._fd, _header(self._dtype, self._rows), 0)
+        os.fsync(self._fd)
+        self.close()
+        return file_digest(self.path), self._rows
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def file_digest(path: str) -> str:
+    """BLAKE3 of a file, in hex."""
+    hasher = blake3.blake3()
+    with open(path, "rb", buffering=0, opener=_opener) as file:
+        while True:
+            piece = file.read(1 << 20)
+            if not piece:
+                return hasher.hexdigest()
+            hasher.update(piece)
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+class Reader:
+    """Rows of a file of ours, a window at a time; a context manager.  Errors: Damaged naming the file."""
+
+    def __init__(self, path: str, dtype: "np.dtype[Any]", digest: str) -> None:
+        self.path, self._dtype = path, dtype
+        try:
+            self._fd = _opener(path, os.O_RDONLY)
+        except OSError as e:
+            raise errors.Damaged(path=path, reason=e.strerror) from None
+        try:
+            size = os.fstat(self._fd).st_size
+            self.rows, rest = divmod(size - HEADER_BYTES, dtype.itemsize)
+            if size < HEADER_BYTES or rest or os.pread(self._fd, HEADER_BYTES, 0) != _header(dtype, self.rows):
+                raise errors.Damaged(path=path, reason="its header is not one of ours")
+            if file_digest(path) != digest:
+                raise errors.Damaged(path=path, reason="its digest does not match the manifest")
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def slice(self, first: int, last: int) -> extents.Extents:
+        """Rows [first, last)."""
+        size = self._dtype.itemsize
+        data = os.pread(self._fd, (last - first) * size, HEADER_BYTES + first * size)
+        return np.frombuffer(data, self._dtype)
+
+    def index(self, offset: int) -> int:
+        """The first row that ends beyond byte `offset` of the disk."""
+        low, high = 0, self.rows
+        while high - low > SLICE:
+            middle = (low + high) // 2
+            row = self.slice(middle, middle + 1)[0]
+            if int(row["offset"]) + int(row["length"]) > offset:
+                high = middle + 1
+            else:
+                low = middle + 1
+        return low + int(np.searchsorted(extents.ends(self.slice(low, high)), offset, side="right"))
+
+    def window(self, low: int, high: int) -> extents.Extents:
+        """Whole rows that touch bytes [low, high) of the disk."""
+        parts = []
+        first = self.index(low)
+        while first < self.rows:
+            rows = self.slice(first, min(first + SLICE, self.rows))
+            inside = int(np.searchsorted(rows["offset"], high, side="left"))
+            parts.append(rows[:inside])
+            if inside < len(rows):
+                break
+            first += len(rows)
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)

@@ -1,0 +1,96 @@
+"""A run in flight: staging/<id>/, and the one rename that makes it a backup."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import Any, ContextManager, Dict, Iterator, Literal
+
+import numpy as np
+
+from libvirt_cbt import durable, errors, extents
+from libvirt_cbt.repository import npy
+from libvirt_cbt.repository.manifest import Intent, Layers, Manifest
+from libvirt_cbt.repository.store import DomainStore
+
+
+class Staging:
+    """Files of a generation before it is published.  Made by `begun`."""
+
+    def __init__(self, kept: DomainStore, intent: Intent) -> None:
+        self._kept, self.intent = kept, intent
+        self.path = os.path.join(kept.path, "staging", intent.id)
+        self.published = False
+        self.keep = False  # what the run left outside could not be removed: the intent stays for `recover`
+        self._writers: Dict[str, npy.Writer] = {}
+
+    def advance(self, phase: Literal["planned", "freezing", "running"]) -> None:
+        """Says durably what comes next, before it is done."""
+        self.intent = self.intent.model_copy(update={"phase": phase})
+        with self._explained():
+            durable.replace(os.path.join(self.path, "intent.json"), self.intent.dump())
+
+    def layer(self, target: str) -> str:
+        return os.path.join(self.path, f"{target}.qcow2")
+
+    def deltas(self, target: str) -> npy.Writer:
+        return self._writer(f"{target}.delta.npy", extents.EXTENT)
+
+    def contents(self, target: str) -> npy.Writer:
+        return self._writer(f"{target}.contents.npy", extents.CONTENT)
+
+    def _writer(self, name: str, dtype: "np.dtype[Any]") -> npy.Writer:
+        with self._explained():
+            writer = npy.Writer(os.path.join(self.path, name), dtype)
+        self._writers[name] = writer
+        return writer
+
+    def add(self, name: str, data: bytes) -> str:
+        """A further file of the generation; gives its digest."""
+        path = os.path.join(self.path, name)
+        with self._explained():
+            durable.write_new(path, data)
+        return npy.file_digest(path)
+
+    def publish(self, manifest: Manifest, layers: Layers) -> None:
+        """Steps 7 and 8 of the write order: everything durable in staging, then the rename that publishes it."""
+        with self._explained():
+            for entry in layers.disks.values():
+                path = os.path.join(self.path, entry.file)
+                os.chmod(path, durable.FILE_MODE)
+                durable.sync_file(path)
+            durable.write_new(os.path.join(self.path, "layers.json"), layers.dump())
+            durable.write_new(os.path.join(self.path, "manifest.json"), manifest.dump())
+            durable.sync_directory(self.path)
+            # The intent is published with the rest and removed then: without it a crash just before the rename
+            # would leave a checkpoint that nothing proves to be ours.
+            durable.publish(self.path, self._kept.directory(manifest.id))
+            self.published = True
+            self._kept._generations = None  # noqa: SLF001 -- the same room
+            os.unlink(os.path.join(self._kept.directory(manifest.id), "intent.json"))
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def _explained(self) -> ContextManager[None]:
+        return durable.explained(self._kept.repository.path, self.path)
+
+
+@contextmanager
+def begun(kept: DomainStore, intent: Intent) -> Iterator[Staging]:
+    """Makes staging/<id> with its intent, durably; removes it at the end unless it was published or must be kept."""
+    staging = Staging(kept, intent)
+    with durable.explained(kept.repository.path, staging.path):
+        durable.make_directory(staging.path)
+        durable.write_new(os.path.join(staging.path, "intent.json"), intent.dump())
+        durable.sync_directory(staging.path)
+    try:
+        yield staging
+    finally:
+        staging.close()
+        if not staging.published and not staging.keep:
+            try:
+                durable.remove_directory(staging.path)
+            except OSError as e:
+                raise errors.RepositoryError(reason=f"cannot remove {staging.path}: {e.strerror}") from None

@@ -1,0 +1,290 @@
+"""The repository on disk: REPO/<domain-uuid>/backups/<id>/, read as values, written through `staging`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import ContextManager, Final, Iterator, List, Optional
+
+from libvirt_cbt import durable, errors, extents, names, points
+from libvirt_cbt.repository import lock, npy
+from libvirt_cbt.repository.manifest import Intent, Layers, Manifest, RepositoryFile
+
+FILE: Final = "repository.json"
+
+
+class Repository:
+    """An opened repository; cheap, nothing is held open."""
+
+    def __init__(self, path: str, identity: str) -> None:
+        self.path, self.id = path, identity
+
+    @staticmethod
+    def init(path: str) -> "Repository":
+        """Makes a repository in a new or empty directory.  Errors: RepositoryError, RepositoryForeign, RepositoryDenied."""
+        with durable.explained(path, path):
+            if os.path.lexists(path):
+                if not os.path.isdir(path):
+                    raise errors.RepositoryForeign(repository=path)
+                content = os.listdir(path)
+                if FILE in content:
+                    raise errors.RepositoryError(reason=f"{path} is a repository already; use it as it is")
+                if content:
+                    raise errors.RepositoryForeign(repository=path)
+                os.chmod(path, durable.DIRECTORY_MODE)
+            else:
+                os.makedirs(os.path.dirname(path) or "/", mode=0o755, exist_ok=True)
+                durable.make_directory(path)
+            identity = secrets.token_hex(8)
+            durable.replace(os.path.join(path, FILE), RepositoryFile(id=identity).dump())
+        return Repository(path, identity)
+
+    @staticmethod
+    def open(path: str) -> "Repository":
+        """Errors: NoRepository, RepositoryForeign, RepositoryDenied, RepositoryVersion, Damaged."""
+        with durable.explained(path, path):
+            try:
+                status = os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise errors.NoRepository(repository=path) from None
+            if not stat.S_ISDIR(status.st_mode):
+                raise errors.NoRepository(repository=path)
+            if status.st_mode & 0o077:
+                mode = stat.S_IMODE(status.st_mode)
+                raise errors.RepositoryDenied(
+                    repository=path, reason=f"others may enter it (mode {mode:04o}); run `chmod 700 {path}`"
+                )
+            if status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
+                raise errors.RepositoryDenied(repository=path, reason=f"it belongs to user {status.st_uid}")
+            file = os.path.join(path, FILE)
+            if not os.path.lexists(file):
+                if os.listdir(path):
+                    raise errors.RepositoryForeign(repository=path)
+                raise errors.NoRepository(repository=path)
+            return Repository(path, RepositoryFile.load(file).id)
+
+    def domain(self, uuid: names.DomainUuid) -> "DomainStore":
+        return DomainStore(self, uuid)
+
+    def has(self, uuid: names.DomainUuid) -> bool:
+        return os.path.isdir(os.path.join(self.path, uuid))
+
+    def domains(self) -> List["DomainStore"]:
+        """Every domain with at least one generation, ordered by UUID."""
+        with durable.explained(self.path, self.path):
+            found = [names.DomainUuid(e) for e in sorted(os.listdir(self.path)) if _canonical(e)]
+        return [s for s in (self.domain(u) for u in found) if s.generations()]
+
+    def find(self, domain: str) -> "DomainStore":
+        """By UUID, or by the name in the newest generation.  Errors: NotInRepository; Usage when two have the name."""
+        if names.is_uuid(domain):
+            kept = self.domain(names.domain_uuid(domain))
+            if kept.generations():
+                return kept
+        matches = [s for s in self.domains() if s.name == domain]
+        if len(matches) > 1:
+            raise errors.Usage(
+                reason=f"several domains were called '{names.printable(domain)}': "
+                + ", ".join(s.uuid for s in matches)
+                + "; give a UUID"
+            )
+        if not matches:
+            raise errors.NotInRepository(domain=names.printable(domain), repository=self.path)
+        return matches[0]
+
+
+def _canonical(entry: str) -> bool:
+    return names.is_uuid(entry) and names.domain_uuid(entry) == entry
+
+
+@dataclass(frozen=True)
+class Link:
+    """One layer of a chain."""
+
+    backup: names.BackupId
+    layer: str
+    contents: str
+    digest: str  # of the contents file
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A staging directory of a run that ended badly; `intent` is None when it cannot be read."""
+
+    path: str
+    id: str
+    intent: Optional[Intent]
+
+
+class DomainStore:
+    """What the repository holds of one domain."""
+
+    def __init__(self, repository: Repository, uuid: names.DomainUuid) -> None:
+        self.repository, self.uuid = repository, uuid
+        self.path = os.path.join(repository.path, uuid)
+        self._generations: Optional[List[Manifest]] = None
+
+    @property
+    def name(self) -> str:
+        """As of the newest generation."""
+        generations = self.generations()
+        return generations[-1].domain.name if generations else self.uuid
+
+    def directory(self, backup: str) -> str:
+        return os.path.join(self.path, "backups", backup)
+
+    def lock(self, wait: float = 0) -> ContextManager[None]:
+        """The one writer; makes the domain's directories first.  Errors: RepositoryBusy, RepositoryDenied."""
+        with durable.explained(self.repository.path, self.path):
+            for path in (self.path, os.path.join(self.path, "staging"), os.path.join(self.path, "backups")):
+                durable.ensure_directory(path)
+        self._generations = None
+        return lock.exclusive(os.path.join(self.path, "lock"), self.repository.path, self.name, wait)
+
+    def generations(self) -> List[Manifest]:
+        """Every published generation, ascending.  Errors: Damaged naming the manifest; RepositoryDenied."""
+        if self._generations is None:
+            found = [self._load(i) for i in self.ids()]
+            self._generations = sorted(found, key=lambda m: m.generation)
+        return self._generations
+
+    def ids(self) -> List[names.BackupId]:
+        """The ids of what is published, in no order, their manifests unread."""
+        with durable.explained(self.repository.path, self.path):
+            try:
+                return [names.backup_id(e) for e in os.listdir(os.path.join(self.path, "backups"))]
+            except FileNotFoundError:
+                return []
+            except errors.Usage as e:
+                raise errors.Damaged(path=os.path.join(self.path, "backups"), reason=str(e)) from None
+
+    def _load(self, backup: str) -> Manifest:
+        path = os.path.join(self.directory(backup), "manifest.json")
+        with _readable(self.repository.path, path):
+            manifest = Manifest.load(path)
+        if manifest.id != backup or manifest.domain.uuid != self.uuid:
+            raise errors.Damaged(path=path, reason="it belongs to another backup")
+        return manifest
+
+    def layers(self, backup: str) -> Layers:
+        """Errors: Damaged."""
+        path = os.path.join(self.directory(backup), "layers.json")
+        with _readable(self.repository.path, path):
+            layers = Layers.load(path)
+        if layers.backup != backup:
+            raise errors.Damaged(path=path, reason="it belongs to another backup")
+        return layers
+
+    def resolve(self, point: points.Point) -> Manifest:
+        """The generation that a point names.  Errors: NoSuchBackup; Usage for an ambiguous prefix."""
+        generations = self.generations()
+        if isinstance(point, points.Latest):
+            found = generations[-1:]
+        elif isinstance(point, points.Generation):
+            found = [m for m in generations if m.generation == point.number]
+        elif isinstance(point, points.Id):
+            found = [m for m in generations if m.id.startswith(point.prefix)]
+        else:
+            found = [m for m in generations if any(d.change_id == str(point) for d in m.disks)]
+        if len(found) > 1:
+            raise errors.Usage(reason=f"'{point}' is the beginning of {', '.join(m.id for m in found)}; give more digits")
+        if not found:
+            raise errors.NoSuchBackup(domain=self.name, point=str(point), repository=self.repository.path)
+        return found[0]
+
+    def newest_backup(self, manifest: Manifest, target: str) -> Optional[Manifest]:
+        """The newest generation up to `manifest` that holds data of a disk in its lineage."""
+        lineage = manifest.require(target).lineage
+        for candidate in reversed([m for m in self.generations() if m.generation <= manifest.generation]):
+            disk = candidate.disk(target)
+            if disk is None or disk.lineage != lineage:
+                return None
+            if disk.mode != "mark":
+                return candidate
+        return None
+
+    def chain(self, backup: str, target: str) -> List[Link]:
+        """A backup's layers of one disk, newest first down to the full.  Errors: Damaged when a link is missing."""
+        links: List[Link] = []
+        at: Optional[str] = backup
+        while at is not None:
+            if any(link.backup == at for link in links):
+                raise errors.Damaged(path=self.directory(at), reason="its chain runs in a circle")
+            entry = self.layers(at).disks.get(target)
+            if entry is None:
+                raise errors.Damaged(path=self.directory(at), reason=f"it holds no data of disk {target}")
+            place = self.directory(at)
+            links.append(
+                Link(
+                    names.BackupId(at),
+                    os.path.join(place, entry.file),
+                    os.path.join(place, entry.contents),
+                    entry.digest,
+                )
+            )
+            at = entry.parent
+        return links
+
+    @contextmanager
+    def deltas(self, target: str, after: int, until: int) -> "Iterator[Deltas]":
+        """The deltas of generations after+1..until as readers, oldest first.  Errors: Damaged."""
+        with ExitStack() as stack:
+            readers: List[npy.Reader] = []
+            for manifest in self.generations():
+                disk = manifest.disk(target)
+                if after < manifest.generation <= until and disk:
+                    path = os.path.join(self.directory(manifest.id), f"{target}.delta.npy")
+                    readers.append(stack.enter_context(npy.Reader(path, extents.EXTENT, disk.delta.digest)))
+            yield Deltas(readers)
+
+    def leftovers(self) -> List[Leftover]:
+        """What runs that died have left in staging; to be asked under the lock only."""
+        found: List[Leftover] = []
+        staging = os.path.join(self.path, "staging")
+        with durable.explained(self.repository.path, staging):
+            entries = sorted(os.listdir(staging)) if os.path.isdir(staging) else []
+        for entry in entries:
+            path = os.path.join(staging, entry)
+            try:
+                intent: Optional[Intent] = Intent.load(os.path.join(path, "intent.json"))
+                if intent and (intent.id != entry or intent.repository != self.repository.id):
+                    intent = None
+            except (errors.CbtError, OSError):
+                intent = None
+            found.append(Leftover(path, entry, intent))
+        return found
+
+    def discard(self, leftover: Leftover) -> None:
+        """Removes a staging directory."""
+        with durable.explained(self.repository.path, leftover.path):
+            durable.remove_directory(leftover.path)
+
+
+class Deltas:
+    """The union of several generations' deltas, asked for by window."""
+
+    def __init__(self, readers: List[npy.Reader]) -> None:
+        self._readers = readers
+
+    def union(self, low: int, high: int) -> extents.Extents:
+        """Ordered disjoint extents inside [low, high); the newest delta that touches a block gives its state."""
+        return extents.unite([r.window(low, high) for r in self._readers], low, high)
+
+
+@contextmanager
+def _readable(repository: str, path: str) -> Iterator[None]:
+    """A published file that is missing is damage, not a failed call."""
+    with durable.explained(repository, path):
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise errors.Damaged(path=path, reason=e.strerror) from None
+
+
+def layer_backing(parent: Optional[str], target: str) -> Optional[str]:
+    """The backing file string of a layer: right from staging and from backups."""
+    return None if parent is None else f"../../backups/{parent}/{target}.qcow2"
+
