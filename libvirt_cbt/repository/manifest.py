@@ -18,12 +18,12 @@ from libvirt_cbt import durable, errors
 FORMAT: Final = 1
 MAX_BYTES: Final = 16 * 1024 * 1024
 
-Hex16 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}\Z")]
-Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
-Uuid = Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
-TargetName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_:-]{0,31}\Z")]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_:.-]{0,63}\Z")]
-CheckpointName = Annotated[str, Field(pattern=r"^cbt-[0-9a-f]{16}\Z")]
+Hex16 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Uuid = Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
+TargetName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_:-]{0,31}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_:.-]{0,63}$")]
+CheckpointName = Annotated[str, Field(pattern=r"^cbt-[0-9a-f]{16}$")]
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, lt=2**53)]
 

@@ -1,0 +1,88 @@
+"""Answers of NBD_CMD_BLOCK_STATUS made into arrays.
+
+A reply has a list of (length, flags) per meta context:
+
+    base:allocation     |--data--|------hole,zero------|--data--|
+    qemu:dirty-bitmap   |------dirty------|--clean--|              <- ends earlier: fragmented images do that
+
+What counts is the common part: the lists are cut at the end of the shortest
+(peers that trust the first list lose data), and at the end of what was asked.
+https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Sequence, Tuple
+
+import numpy as np
+import numpy.typing as npt
+
+HOLE: Final = 1
+ZERO: Final = 2
+DIRTY: Final = 1
+ALLOCATION: Final = "base:allocation"
+
+U64 = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Pieces [start, end) of a disk in order and without gaps, each zero or not and dirty or not."""
+
+    start: U64
+    end: U64
+    zero: Flags
+    dirty: Flags
+
+    def cut(self, at: int) -> "Tuple[Status, Status]":
+        """The pieces before byte `at` of the disk and those behind it."""
+        below = int(np.searchsorted(self.start, at, side="left"))
+        above = int(np.searchsorted(self.end, at, side="right"))
+        left = Status(self.start[:below], np.minimum(self.end[:below], at), self.zero[:below], self.dirty[:below])
+        right = Status(np.maximum(self.start[above:], at), self.end[above:], self.zero[above:], self.dirty[above:])
+        return left, right
+
+
+def join(parts: "Sequence[Status]") -> Status:
+    return Status(
+        np.concatenate([p.start for p in parts]),
+        np.concatenate([p.end for p in parts]),
+        np.concatenate([p.zero for p in parts]),
+        np.concatenate([p.dirty for p in parts]),
+    )
+
+
+def merge(
+    offset: int, length: int, allocation: "Sequence[int] | None", dirty: "Sequence[int] | None"
+) -> Status:
+    """One reply from `offset`, as flat lists (length, flags, ...); at most `length` bytes of it count.
+
+    `allocation` None: the server does not tell, all is data.  `dirty` None: no bitmap was asked for, all that is not
+    zero counts as dirty.  An empty Status means that the server made no progress.
+    """
+    lists = [_column(x) for x in (allocation, dirty) if x is not None]
+    if not lists:
+        lists = [(np.array([length], np.uint64), np.array([0], np.uint64))]
+    reach = min([length, *(int(ends[-1]) if len(ends) else 0 for ends, _ in lists)])
+    edges = np.unique(np.concatenate([np.minimum(ends, reach) for ends, _ in lists]))
+    edges = edges[edges > 0] if reach else edges[:0]
+    starts = np.append(np.zeros(1, np.uint64), edges[:-1]) if len(edges) else edges
+    zero = np.zeros(len(edges), np.bool_)
+    if allocation is not None:
+        zero = _flags(lists[0], starts) & ZERO != 0
+    marked = ~zero if dirty is None else _flags(lists[-1], starts) & DIRTY != 0
+    base = np.uint64(offset)
+    return Status(starts + base, edges + base, zero, marked)
+
+
+def _column(flat: Sequence[int]) -> Tuple[U64, U64]:
+    table = np.array(flat, dtype=np.uint64)[: len(flat) // 2 * 2].reshape(-1, 2)
+    return np.cumsum(table[:, 0], dtype=np.uint64), table[:, 1]
+
+
+def _flags(column: Tuple[U64, U64], starts: U64) -> U64:
+    ends, flags = column
+    found: U64 = flags[np.searchsorted(ends, starts, side="right")]
+    return found

@@ -1,0 +1,160 @@
+"""Reads stored runs back, each against its digest: restore and verify are this loop with and without an output."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+
+from libvirt_cbt import errors
+from libvirt_cbt.nbdio import client, lanes
+from libvirt_cbt.nbdio.lanes import Options
+from libvirt_cbt.nbdio.server import Endpoint
+
+
+@dataclass(frozen=True)
+class Read:
+    """One run of layer number `layer`; `keep` are the absolute (offset, length) pieces of it to write."""
+
+    layer: int
+    offset: int
+    length: int
+    digest: bytes
+    keep: Tuple[Tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where restored bytes go: a file descriptor of a raw image, or an NBD export."""
+
+    path: str
+    fd: Optional[int] = None
+    endpoint: Optional[Endpoint] = None
+
+
+def check(
+    target: str,
+    sources: Sequence[Endpoint],
+    reads: Iterator[Read],
+    output: Optional[Output],
+    options: Options,
+    *,
+    damaged: Callable[[Read, str], None],
+    progress: Callable[[str, int], None],
+    stop: Callable[[], None],
+) -> int:
+    """Bytes read.  A run that cannot be read or has another digest is given to `damaged` and never written.
+
+    Errors: NbdError, OutputFailed, SourceStalled, what `damaged` and `stop` raise.
+    """
+    with ExitStack() as stack:
+        lane = _Check(target, sources, reads, output, options, damaged, progress)
+        stack.callback(lane.close)
+        lane.open()
+        lanes.run([lane], stop)
+        return lane.bytes
+
+
+class _Check(lanes.Lane):
+    def __init__(
+        self,
+        target: str,
+        sources: Sequence[Endpoint],
+        reads: Iterator[Read],
+        output: Optional[Output],
+        options: Options,
+        damaged: Callable[[Read, str], None],
+        progress: Callable[[str, int], None],
+    ) -> None:
+        super().__init__(target, options)
+        self._endpoints, self._reads, self._output = sources, reads, output
+        self._damaged, self._progress = damaged, progress
+        self._sources: List[client.Connection] = []
+        self._sink: Optional[client.Connection] = None
+        self._exhausted = self._flushed = False
+        self.bytes = 0
+
+    def open(self) -> None:
+        for endpoint in self._endpoints:
+            self._sources += client.connect(endpoint, 1, (), None)
+            self.connections = [*self._sources]
+        if self._output and self._output.endpoint:
+            self._sink = client.connect(self._output.endpoint, 1, (), None)[0]
+            self.connections.append(self._sink)
+
+    def close(self) -> None:
+        client.close(self.connections)
+
+    @property
+    def done(self) -> bool:
+        return self._exhausted and not self.busy and self._flushed
+
+    def lost(self, gone: client.Lost) -> errors.CbtError:
+        if self._output and gone.connection is self._sink:
+            return errors.OutputFailed(path=self._output.path, reason=str(gone))
+        return errors.NbdError(export=gone.connection.endpoint.export, reason=str(gone))
+
+    def advance(self) -> None:
+        while self.busy < self.options.requests and not self._exhausted:
+            read = next(self._reads, None)
+            if read is None:
+                self._exhausted = True
+            else:
+                self._submit(read)
+        if self._exhausted and not self.busy and not self._flushed:
+            self._flushed = True
+            if self._sink:
+                self.busy += 1
+                self._sink.flush(self._written)
+
+    def _submit(self, read: Read) -> None:
+        self.busy += 1
+        buffer = self.take(read.length)
+
+        def arrived(error: int) -> None:
+            self.busy -= 1
+            if error:
+                self._damaged(read, os.strerror(error))
+            elif lanes.digest(buffer) != read.digest:
+                self._damaged(read, "the digest does not match")
+            else:
+                self._write(read, buffer)
+            self.bytes += read.length
+            self._progress(self.target, self.bytes)
+
+        source = self._sources[read.layer]
+        if read.offset + read.length > source.size:
+            self.busy -= 1
+            self._damaged(read, "the layer is shorter than its contents")
+            return
+        source.read(buffer, read.offset, arrived)
+
+    def _write(self, read: Read, buffer: bytearray) -> None:
+        if self._output is None or not read.keep:
+            self.give(buffer)
+            return
+        view = memoryview(buffer)
+        pieces = [(view[o - read.offset : o - read.offset + n], o) for o, n in read.keep]
+        if self._sink is None:
+            for piece, offset in pieces:
+                self._write_file(piece, offset)
+            self.give(buffer)
+            return
+        for piece, offset in pieces:
+            self.busy += 1
+            self._sink.write(piece, offset, self._written)  # the buffer is not reused: it is still on its way
+
+    def _write_file(self, piece: Any, offset: int) -> None:
+        assert self._output is not None and self._output.fd is not None
+        try:
+            while piece:
+                count = os.pwrite(self._output.fd, piece, offset)
+                piece, offset = piece[count:], offset + count
+        except OSError as e:
+            raise errors.OutputFailed(path=self._output.path, reason=e.strerror) from None
+
+    def _written(self, error: int) -> None:
+        self.busy -= 1
+        if error and self._output:
+            raise errors.OutputFailed(path=self._output.path, reason=os.strerror(error))

@@ -1,0 +1,194 @@
+"""Connections to NBD servers driven by a poll loop of our own.
+
+The synchronous calls of libnbd hang with a stalled server, so none is used.
+Callbacks only record (what they raise is lost, facts of libnbd): `aio_*` puts
+its outcome into a queue, and everything is judged outside.
+https://libguestfs.org/nbd.3.html, https://libguestfs.org/nbd_aio_pread.3.html
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import time
+from collections import deque
+from typing import Any, Callable, Deque, Dict, Final, List, Optional, Sequence, Tuple
+
+from libvirt_cbt import errors
+from libvirt_cbt.nbdio.server import Endpoint
+
+try:
+    import nbd
+except ImportError:
+    raise errors.ToolMissing(
+        tool="libnbd's Python binding",
+        package="python3-libnbd, and make the virtual environment with --system-site-packages",
+    ) from None
+
+CONNECT_SECONDS: Final = 30.0
+GOODBYE_SECONDS: Final = 5.0
+TURN_SECONDS: Final = 0.2  # how long one turn waits at most: `stop` is asked that often
+
+Finished = Callable[[int], None]  # called in the loop, never by libnbd, with an errno or 0
+
+
+class Lost(Exception):  # noqa: N818 -- a fact of one connection; the lane knows which sentence it becomes
+    """The peer has gone."""
+
+    def __init__(self, connection: "Connection", reason: str) -> None:
+        super().__init__(reason)
+        self.connection = connection
+
+
+class Connection:
+    """One handle; requests are counted, finished ones wait in a queue until `settle` is called."""
+
+    def __init__(self, endpoint: Endpoint, contexts: Sequence[str] = ()) -> None:
+        self.endpoint = endpoint
+        self.in_flight = 0
+        self._finished: Deque[Tuple[Finished, int]] = deque()
+        self._handle: Any = nbd.NBD()
+        try:
+            self._handle.set_export_name(endpoint.export)
+            for context in contexts:
+                self._handle.add_meta_context(context)
+            self._handle.aio_connect_unix(endpoint.socket)
+            self._until(lambda: not self._handle.aio_is_connecting(), CONNECT_SECONDS)
+            if not self._handle.aio_is_ready():
+                raise errors.NbdError(export=endpoint.export, reason="the server does not answer")
+            self.size = int(self._handle.get_size())
+            self.contexts = frozenset(c for c in contexts if self._handle.can_meta_context(c))
+        except nbd.Error as e:
+            self._handle.close()
+            raise errors.NbdError(export=endpoint.export, reason=e.string) from None
+        except BaseException:
+            self._handle.close()
+            raise
+
+    def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._handle.poll(int(min(left, 1) * 1000) + 1)
+        return True
+
+    def read(self, buffer: Any, offset: int, done: Finished) -> None:
+        self._submit(self._handle.aio_pread, (nbd.Buffer.from_buffer(buffer), offset), done)
+
+    def write(self, buffer: Any, offset: int, done: Finished) -> None:
+        self._submit(self._handle.aio_pwrite, (nbd.Buffer.from_buffer(buffer), offset), done)
+
+    def zero(self, length: int, offset: int, done: Finished) -> None:
+        self._submit(self._handle.aio_zero, (length, offset), done)
+
+    def flush(self, done: Finished) -> None:
+        self._submit(self._handle.aio_flush, (), done)
+
+    def block_status(self, length: int, offset: int, done: Callable[[int, Dict[str, List[int]]], None]) -> None:
+        """`done` gets an errno and, per context, the flat list of lengths and flags."""
+        found: Dict[str, List[int]] = {}
+
+        def extent(context: str, _offset: int, entries: List[int], _error: Any) -> int:
+            found.setdefault(context, entries)  # a second chunk for a context would break the protocol
+            return 0
+
+        call = getattr(self._handle, "aio_block_status_64", None)
+        if call is None:
+            self._submit(self._handle.aio_block_status, (length, offset, extent), lambda e: done(e, found))
+            return
+
+        def extent_64(context: str, _offset: int, entries: List[Tuple[int, int]], _error: Any) -> int:
+            found.setdefault(context, [number for pair in entries for number in pair])
+            return 0
+
+        self._submit(call, (length, offset, extent_64), lambda e: done(e, found))
+
+    def _submit(self, call: Callable[..., Any], args: Tuple[Any, ...], done: Finished) -> None:
+        finished = self._finished
+
+        def completion(error: Any) -> int:
+            finished.append((done, getattr(error, "value", error)))
+            return 1  # retires the command
+
+        try:
+            call(*args, completion=completion)
+        except nbd.Error as e:
+            raise Lost(self, e.string) from None
+        self.in_flight += 1
+
+    def settle(self) -> int:
+        """Hands out what has finished; the number of requests that had."""
+        count = 0
+        while self._finished:
+            done, error = self._finished.popleft()
+            self.in_flight -= 1
+            count += 1
+            done(error)
+        return count
+
+    def notify(self, events: int) -> None:
+        try:
+            direction = self._handle.aio_get_direction()
+            if events & (select.POLLIN | select.POLLHUP) and direction & nbd.AIO_DIRECTION_READ:
+                self._handle.aio_notify_read()
+            elif events & select.POLLOUT and direction & nbd.AIO_DIRECTION_WRITE:
+                self._handle.aio_notify_write()
+            elif events & (select.POLLERR | select.POLLNVAL | select.POLLHUP):
+                raise Lost(self, "the connection was reset")
+            if self._handle.aio_is_dead() or self._handle.aio_is_closed():
+                raise Lost(self, "the connection was closed")
+        except nbd.Error as e:
+            raise Lost(self, e.string or os.strerror(e.errnum or errno.EIO)) from None
+
+    def interest(self) -> Tuple[int, int]:
+        """(file descriptor, poll events)."""
+        direction = self._handle.aio_get_direction()
+        events = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
+        return int(self._handle.aio_get_fd()), events | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
+
+    def close(self) -> None:
+        """Says goodbye (NBD_CMD_DISC) and waits a little: a job must not be ended under a connected client."""
+        try:
+            if self._handle.aio_is_ready() or self._handle.aio_is_processing():
+                self._handle.aio_disconnect()
+                self._until(lambda: bool(self._handle.aio_is_closed() or self._handle.aio_is_dead()), GOODBYE_SECONDS)
+        except nbd.Error:
+            pass  # it is gone already
+        finally:
+            self._handle.close()
+
+
+def turn(connections: Sequence[Connection], timeout: float = TURN_SECONDS) -> None:
+    """Waits until something moves on any connection, and lets it.  Errors: Lost."""
+    poller = select.poll()
+    by_fd: Dict[int, Connection] = {}
+    for connection in connections:
+        fd, events = connection.interest()
+        by_fd[fd] = connection
+        poller.register(fd, events)
+    for fd, events in poller.poll(timeout * 1000):
+        by_fd[fd].notify(events)
+
+
+def connect(endpoint: Endpoint, count: int, contexts: Sequence[str], capacity: Optional[int]) -> List[Connection]:
+    """`count` connections to one export.  Errors: NbdError also when its size is not `capacity` bytes."""
+    made: List[Connection] = []
+    try:
+        for _ in range(count):
+            made.append(Connection(endpoint, contexts))
+            if capacity is not None and made[-1].size != capacity:
+                raise errors.NbdError(
+                    export=endpoint.export, reason=f"it has {made[-1].size} bytes where {capacity} were expected"
+                )
+    except BaseException:
+        close(made)
+        raise
+    return made
+
+
+def close(connections: Sequence[Connection]) -> None:
+    for connection in connections:
+        connection.close()

@@ -1,0 +1,114 @@
+"""One poll loop for all disks, and what its lanes have in common.
+
+A lane is one disk's work: `advance` submits as many requests as its bounds
+allow and judges what has finished; the loop waits for any of them to move.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Final, List, Sequence
+
+import blake3
+
+from libvirt_cbt import errors, extents
+from libvirt_cbt.nbdio import client
+
+ZERO_PIECE: Final = 1 << 30  # NBD lengths have 32 bits
+POOL: Final = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """Bounds of the copy: bytes a request, requests in flight a disk, connections a disk, seconds without progress."""
+
+    request_size: int = 256 * 1024
+    requests: int = 8
+    connections: int = 1
+    stall_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not extents.GRAIN <= self.request_size <= 1 << 20 or self.request_size % extents.GRAIN:
+            raise errors.Usage(reason="--request-size is a multiple of 64 KiB, at most 1 MiB")
+        if not 1 <= self.requests <= 256 or not 1 <= self.connections <= 16:
+            raise errors.Usage(reason="--requests is 1 to 256 and --connections 1 to 16")
+
+
+class Lane:
+    """Buffers, slots and the clock of one disk."""
+
+    def __init__(self, target: str, options: Options) -> None:
+        self.target, self.options = target, options
+        self.connections: List[client.Connection] = []
+        self.busy = 0  # slots taken
+        self.moved = time.monotonic()
+        self._pool: Dict[int, List[bytearray]] = {}
+
+    @property
+    def done(self) -> bool:
+        raise AttributeError
+
+    def advance(self) -> None:
+        """Submits what may be submitted."""
+
+    def lost(self, gone: client.Lost) -> errors.CbtError:
+        return errors.SourceLost(target=self.target, reason=str(gone))
+
+    def stalled(self) -> errors.CbtError:
+        return errors.SourceStalled(target=self.target, seconds=self.options.stall_seconds)
+
+    def settle(self) -> None:
+        if sum(c.settle() for c in self.connections) or not any(c.in_flight for c in self.connections):
+            self.moved = time.monotonic()
+
+    def take(self, size: int) -> bytearray:
+        kept = self._pool.get(size)
+        return kept.pop() if kept else bytearray(size)
+
+    def give(self, buffer: bytearray) -> None:
+        kept = self._pool.setdefault(len(buffer), [])
+        if len(kept) < POOL:
+            kept.append(buffer)
+
+    @staticmethod
+    def least_busy(connections: Sequence[client.Connection]) -> client.Connection:
+        return connections[0] if len(connections) == 1 else min(connections, key=lambda c: c.in_flight)
+
+
+def run(lanes: Sequence[Lane], stop: Callable[[], None]) -> None:
+    """Turns until every lane is done.  Errors: what `stop` or a lane raises; SourceLost, SourceStalled."""
+    while True:
+        stop()
+        waiting: List[client.Connection] = []
+        for lane in lanes:
+            try:
+                lane.settle()
+                if not lane.done:
+                    lane.advance()
+            except client.Lost as gone:
+                raise lane.lost(gone) from None
+            waiting += [c for c in lane.connections if c.in_flight]
+            if not lane.done and time.monotonic() - lane.moved > lane.options.stall_seconds:
+                raise lane.stalled()
+        if all(lane.done for lane in lanes):
+            return
+        try:
+            if waiting:
+                client.turn(waiting)
+        except client.Lost as gone:
+            owner = next(lane for lane in lanes if gone.connection in lane.connections)
+            raise owner.lost(gone) from None
+
+
+def digest(data: Any) -> bytes:
+    return blake3.blake3(data).digest()
+
+
+def write_failed(path: str, error: int) -> errors.CbtError:
+    """The typed error for a write that a sink refused."""
+    if error in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return errors.RepositoryFull(repository=os.path.dirname(path), path=os.path.basename(path))
+    return errors.RepositoryError(reason=f"cannot write {path}: {os.strerror(error)}")

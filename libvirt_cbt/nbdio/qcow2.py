@@ -1,0 +1,45 @@
+"""What qemu-img does for us; formats are always named, never probed."""
+
+from __future__ import annotations
+
+import json
+from typing import Optional
+
+from libvirt_cbt import extents, tools
+
+
+def rounded(size: int) -> int:
+    """The size of a layer while it is written: the compress filter wants whole grains."""
+    return -(-size // extents.GRAIN) * extents.GRAIN
+
+
+def create_layer(path: str, size: int, *, backing: Optional[str], compress: bool) -> None:
+    """An empty layer for a disk of `size` bytes; `backing` is written down as it is, not opened."""
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1,compression_type=" + ("zstd" if compress else "zlib")]
+    if backing:
+        argv += ["-u", "-b", backing, "-F", "qcow2"]
+    tools.run([*argv, path, str(rounded(size))])
+
+
+def finish_layer(path: str, size: int) -> None:
+    """Cuts a written layer to the disk's exact size."""
+    if rounded(size) != size:
+        tools.run(["qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", path, str(size)])
+
+
+def create_image(path: str, size: int) -> None:
+    """An empty qcow2 image without a backing file."""
+    tools.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", path, str(size)])
+
+
+def granularity(path: str) -> Optional[int]:
+    """Bytes that one bit of a new bitmap stands for: QEMU's default for the image's cluster size; None when unreadable.
+
+    bdrv_get_default_bitmap_granularity: the cluster size, at least 4 KiB.
+    """
+    try:
+        node = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
+        text = tools.run(["qemu-img", "info", "-U", "--output=json", "json:" + json.dumps(node)])
+        return max(4096, int(json.loads(text)["cluster-size"]))
+    except Exception:  # noqa: BLE001 -- advice only: whatever an image of somebody else makes of it
+        return None

@@ -1,0 +1,147 @@
+"""Servers of ours over images of ours: each is a context manager that ends exactly once, by its process id."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Dict, Final, Iterator, List, Sequence
+
+from libvirt_cbt import errors, names, tools
+
+START_SECONDS: Final = 30.0
+STOP_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An NBD export: absolute path of a unix socket (107 bytes at most) and the export's name."""
+
+    socket: str
+    export: str
+
+
+@contextmanager
+def sink(layer: str, run_dir: str, *, compress: bool) -> Iterator[Endpoint]:
+    """A layer, opened alone for writing; with `compress` whole 64 KiB grains are compressed on the way.
+
+    https://www.qemu.org/docs/master/tools/qemu-nbd.html
+    """
+    name = os.path.basename(layer)
+    node = _alone(layer)
+    opened = {"driver": "compress", "file": node} if compress else node
+    path = os.path.join(run_dir, f"sink-{name.partition('.')[0]}.sock")
+    argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--export-name=layer", f"--socket={path}"]
+    with _running([*argv, "json:" + json.dumps(opened)], path):
+        yield Endpoint(path, "layer")
+
+
+@contextmanager
+def image(path: str, fmt: str, run_dir: str) -> Iterator[Endpoint]:
+    """One image of a restore, for writing."""
+    where = os.path.join(run_dir, "image.sock")
+    argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--export-name=image", f"--socket={where}"]
+    with _running([*argv, f"--format={fmt}", "--", path], where):
+        yield Endpoint(where, "image")
+
+
+@contextmanager
+def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
+    """Every layer alone (its backing file not opened), read-only, by one storage daemon.
+
+    https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
+    """
+    where = os.path.join(run_dir, "layers.sock")
+    argv = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={where}"]
+    endpoints: List[Endpoint] = []
+    for number, path in enumerate(paths):
+        node = {**_alone(path), "node-name": f"n{number}", "read-only": True}
+        argv += ["--blockdev", json.dumps(node)]
+        argv += ["--export", f"type=nbd,id=e{number},node-name=n{number},name=layer{number}"]
+        endpoints.append(Endpoint(where, f"layer{number}"))
+    with _running(argv, where):
+        yield endpoints
+
+
+@contextmanager
+def run_dir(root: str) -> Iterator[str]:
+    """A directory of our own for sockets, mode 0700."""
+    try:
+        os.makedirs(root, mode=0o711, exist_ok=True)
+        path = tempfile.mkdtemp(prefix="read-", dir=root)
+    except OSError as e:
+        raise errors.HypervisorError(reason=f"cannot make a folder for sockets in {root}: {e.strerror}") from None
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _alone(path: str) -> Dict[str, Any]:
+    # A layer needs no backing file to be written in whole grains or to be read by itself, and a long chain stays shut.
+    return {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
+
+
+@contextmanager
+def _running(argv: List[str], path: str) -> Iterator[None]:
+    if len(os.fsencode(path)) > 107:
+        raise errors.HypervisorError(reason=f"the socket path {path} is too long; set LIBVIRT_CBT_RUN_DIR to a shorter one")
+    with tempfile.TemporaryFile() as complaints:
+        # Dies with us, also when we are killed; Ctrl-C in a terminal is ours to handle.
+        process = subprocess.Popen(
+            [tools.find("setpriv"), "--pdeathsig", "TERM", tools.find(argv[0]), *argv[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            start_new_session=True,
+        )
+        try:
+            _wait_started(process, argv[0], path, complaints)
+            yield
+            if process.poll() is not None:
+                raise _failed(argv[0], process, complaints)
+        finally:
+            _stop(process)
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+
+
+def _wait_started(process: "subprocess.Popen[bytes]", tool: str, path: str, complaints: Any) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        if process.poll() is not None:
+            raise _failed(tool, process, complaints)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(path)
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise errors.ToolFailed(tool=tool, reason=f"no answer after {START_SECONDS:.0f} s") from None
+            else:
+                return
+        time.sleep(0.005)
+
+
+def _failed(tool: str, process: "subprocess.Popen[bytes]", complaints: Any) -> errors.ToolFailed:
+    complaints.seek(0)
+    lines = complaints.read(65536).decode(errors="replace").strip().splitlines()
+    return errors.ToolFailed(
+        tool=tool, reason=names.printable(lines[-1], 500) if lines else f"it ended with code {process.returncode}"
+    )
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
