@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Dict, Final, Iterator, List, Mapping, Optional, Tuple
 
 from libvirt_cbt import errors, names, tools
+from libvirt_cbt import places as folders
 
 SOCKET_PATH_MAX: Final = 107
 ROOM_FLOOR: Final = 16 * 1024 * 1024  # a job is not begun with less
@@ -30,17 +30,6 @@ class Places:
     scratch: Dict[str, str]  # by target
 
 
-def run_root() -> str:
-    """The folder of sockets: /run/libvirt-cbt for root, the user's runtime directory otherwise."""
-    asked = os.environ.get("LIBVIRT_CBT_RUN_DIR")
-    if asked:
-        return os.path.abspath(asked)
-    if os.geteuid() == 0:
-        return "/run/libvirt-cbt"
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return os.path.join(runtime, "libvirt-cbt") if runtime else f"{tempfile.gettempdir()}/libvirt-cbt-{os.geteuid()}"
-
-
 def scratch_root(asked: Optional[str]) -> str:
     if asked:
         return os.path.abspath(asked)
@@ -52,7 +41,7 @@ def scratch_root(asked: Optional[str]) -> str:
 
 def places(backup: names.BackupId, targets: List[str], scratch_dir: Optional[str]) -> Places:
     """Errors: ScratchDenied when the socket's path would be too long for the kernel."""
-    run_dir = os.path.join(run_root(), backup)
+    run_dir = os.path.join(folders.run_root(), backup)
     socket = os.path.join(run_dir, "nbd.sock")
     if len(os.fsencode(socket)) > SOCKET_PATH_MAX:
         raise errors.ScratchDenied(
@@ -104,8 +93,8 @@ def room(directory: str) -> int:
 def remove(where: Places) -> List[str]:
     """Removes what is there of one job's files, and only files of the expected kind; returns the paths that went."""
     gone = [path for path in where.scratch.values() if _unlink(path, stat.S_ISREG)]
-    if _unlink(where.socket, stat.S_ISSOCK):
-        gone.append(where.socket)
+    # The folder carries our id: every socket in it is ours, those of the layers' writers too.
+    gone += [path for path in _content(where.run_dir) if _unlink(path, stat.S_ISSOCK)]
     for directory in (where.directory, where.run_dir):
         try:
             os.rmdir(directory)
@@ -113,6 +102,13 @@ def remove(where: Places) -> List[str]:
             continue  # not there, or it holds something that is not ours
         gone.append(directory)
     return gone
+
+
+def _content(directory: str) -> List[str]:
+    try:
+        return [entry.path for entry in os.scandir(directory)]
+    except OSError:
+        return []
 
 
 def _unlink(path: str, kind: object) -> bool:

@@ -83,6 +83,11 @@ def run_dir(root: str) -> Iterator[str]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def alone(path: str) -> str:
+    """A layer by itself, as a file name that qemu-img takes."""
+    return "json:" + json.dumps(_alone(path))
+
+
 def _alone(path: str) -> Dict[str, Any]:
     # A layer needs no backing file to be written in whole grains or to be read by itself, and a long chain stays shut.
     return {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}

@@ -1,0 +1,186 @@
+"""Writes a backup's disks as images that stand alone; needs neither libvirt nor the domain."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack, contextmanager
+from typing import Collection, Iterator, List, Optional, Tuple
+
+from libvirt_cbt import errors, extents, places, points, tools
+from libvirt_cbt.actions import results
+from libvirt_cbt.actions.session import Session
+from libvirt_cbt.nbdio import check, qcow2, server
+from libvirt_cbt.nbdio.lanes import Options
+from libvirt_cbt.repository import manifest, npy, plan, store
+
+
+def restore(
+    session: Session,
+    domain_name: str,
+    output: str,
+    *,
+    at: str = "latest",
+    disks: Collection[str] = (),
+    fmt: str = "raw",
+    options: Optional[Options] = None,
+) -> results.Restore:
+    """Writes `output`/<target>.<fmt> for every disk of the generation that has data, or for `disks`.
+
+    Every byte is read against its digest, and an image gets its name only when it is whole.  `fmt` is raw or qcow2.
+    Errors: NotInRepository, NoSuchBackup, NoSuchDisk, TargetExists, Damaged, OutputFailed.
+    """
+    begun = time.monotonic()
+    if fmt not in ("raw", "qcow2"):
+        raise errors.Usage(reason=f"the format is raw or qcow2, not '{fmt}'")
+    kept = session.stored(domain_name)
+    point = points.at(at)
+    generation = _with_data(kept, point)
+    wanted = _wanted(kept, generation, disks)
+    paths = [(target, os.path.join(output, f"{target}.{fmt}")) for target, _ in wanted]
+    _prepare(output, [p for _, p in paths])
+    files = []
+    for (target, source), (_, path) in zip(wanted, paths):
+        capacity = generation.require(target).capacity
+        with _part(path) as part:
+            _restore_disk(session, kept, source, target, capacity, part, fmt, options or Options())
+        files.append(results.RestoredFile(target, path, capacity))
+    return results.Restore(
+        domain=kept.name,
+        backup=generation.id,
+        generation=generation.generation,
+        files=files,
+        unprotected=[results.Unprotected(u.target, u.reason) for u in generation.unprotected],
+        seconds=round(time.monotonic() - begun, 3),
+    )
+
+
+def _with_data(kept: store.DomainStore, point: points.Point) -> manifest.Manifest:
+    """The generation at a point; `latest` is the newest that holds data."""
+    if isinstance(point, points.Latest):
+        for candidate in reversed(kept.generations()):
+            if candidate.kind != "mark":
+                return candidate
+    found = kept.resolve(point)
+    if found.kind == "mark":
+        raise errors.NoSuchBackup(domain=kept.name, point=f"{point} (it is a mark)", repository=kept.repository.path)
+    return found
+
+
+def _wanted(
+    kept: store.DomainStore, generation: manifest.Manifest, disks: Collection[str]
+) -> List[Tuple[str, manifest.Manifest]]:
+    chosen = [generation.require(t) for t in disks] or [d for d in generation.disks if d.mode != "mark"]
+    for disk in chosen:
+        if disk.mode == "mark":
+            raise errors.NoSuchBackup(
+                domain=kept.name,
+                point=f"{generation.generation} of disk {disk.target}",
+                repository=kept.repository.path,
+            )
+    return [(d.target, generation) for d in chosen]
+
+
+def _prepare(output: str, paths: List[str]) -> None:
+    try:
+        os.makedirs(output, exist_ok=True)
+    except OSError as e:
+        raise errors.OutputFailed(path=output, reason=e.strerror) from None
+    for path in paths:
+        if os.path.lexists(path):
+            raise errors.TargetExists(path=path)
+
+
+@contextmanager
+def _part(path: str) -> Iterator[str]:
+    """A new file beside `path` that gets its name at the end, durably; removed when anything fails."""
+    part = f"{path}.part-{os.getpid()}"
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+    except OSError as e:
+        raise errors.OutputFailed(path=part, reason=e.strerror) from None
+    try:
+        yield part
+        fd = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        try:
+            os.link(part, path)  # unlike rename it fails when somebody made the file meanwhile
+        except FileExistsError:
+            raise errors.TargetExists(path=path) from None
+    except OSError as e:
+        raise errors.OutputFailed(path=path, reason=e.strerror) from None
+    finally:
+        os.unlink(part)
+
+
+def _restore_disk(
+    session: Session,
+    kept: store.DomainStore,
+    generation: manifest.Manifest,
+    target: str,
+    capacity: int,
+    part: str,
+    fmt: str,
+    options: Options,
+) -> None:
+    chain = kept.chain(generation.id, target)
+
+    def damaged(read: check.Read, reason: str) -> None:
+        where = f"{reason} at offset {read.offset}, length {read.length}"
+        raise errors.Damaged(path=chain[read.layer].layer, reason=where)
+
+    with ExitStack() as stack:
+        readers = [stack.enter_context(npy.Reader(link.contents, extents.CONTENT, link.digest)) for link in chain]
+        for link in chain:
+            if not os.path.isfile(link.layer):
+                raise errors.Damaged(path=link.layer, reason="the layer is missing")
+        run_dir = stack.enter_context(server.run_dir(places.run_root()))
+        endpoints = stack.enter_context(_layers([link.layer for link in chain], run_dir))
+        output = stack.enter_context(_output(part, fmt, capacity, run_dir))
+        check.check(
+            target,
+            endpoints,
+            (check.Read(r.layer, r.offset, r.length, r.digest, r.keep) for r in plan.restore(readers, capacity)),
+            output,
+            options,
+            damaged=damaged,
+            progress=lambda disk, done: session.watch.progress(disk, done, 0),
+            stop=session.watch.stop,
+        )
+
+
+@contextmanager
+def _layers(paths: List[str], run_dir: str) -> Iterator[List[server.Endpoint]]:
+    """The layers of a chain; a storage daemon that cannot open one means that it is damaged."""
+    with ExitStack() as stack:
+        try:
+            endpoints = stack.enter_context(server.layers(paths, run_dir))
+        except errors.ToolFailed as e:
+            for path in paths:
+                _open_alone(path)
+            raise e from None
+        yield endpoints
+
+
+def _open_alone(path: str) -> None:
+    try:
+        tools.run(["qemu-img", "info", "-U", "--output=json", server.alone(path)])
+    except errors.ToolFailed as e:
+        raise errors.Damaged(path=path, reason=str(e)) from None
+
+
+@contextmanager
+def _output(part: str, fmt: str, capacity: int, run_dir: str) -> Iterator[check.Output]:
+    if fmt == "raw":
+        with open(part, "r+b", buffering=0) as file:
+            os.truncate(file.fileno(), capacity)
+            yield check.Output(part, fd=file.fileno())
+        return
+    qcow2.create_image(part, capacity)
+    with server.image(part, "qcow2", run_dir) as endpoint:
+        yield check.Output(part, endpoint=endpoint)
+
+

@@ -1,0 +1,136 @@
+"""Re-reads every layer by itself and holds each run against its digest."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from typing import Dict, List, Optional, Set
+
+from libvirt_cbt import errors, extents, places, points
+from libvirt_cbt.actions import results
+from libvirt_cbt.actions.session import Session
+from libvirt_cbt.nbdio import check, server
+from libvirt_cbt.nbdio.lanes import Options
+from libvirt_cbt.repository import manifest, npy, plan, store
+
+
+def verify(
+    session: Session, domain_name: str, *, at: Optional[str] = None, options: Optional[Options] = None
+) -> results.Verify:
+    """Checks every backup of a domain, or with `at` one and what it depends on; damage is in the result.
+
+    Errors: NotInRepository, NoSuchBackup, NbdError; Damaged when a manifest itself cannot be read.
+    """
+    begun = time.monotonic()
+    kept = session.stored(domain_name)
+    wanted = _needed(kept, kept.resolve(points.at(at))) if at else None
+    seen = _Findings(kept)
+    total = 0
+    count = 0
+    for generation in kept.generations():
+        if wanted is not None and generation.id not in wanted:
+            continue
+        count += 1
+        seen.files(generation)
+        for target, entry in seen.layers(generation):
+            total += _layer(session, generation, target, entry, seen, options or Options())
+    return results.Verify(kept.name, total, count, seen.damage, round(time.monotonic() - begun, 3))
+
+
+def _needed(kept: store.DomainStore, generation: manifest.Manifest) -> Set[str]:
+    found = {generation.id}
+    for disk in generation.disks:
+        if disk.mode != "mark":
+            found.update(link.backup for link in kept.chain(generation.id, disk.target))
+    return found
+
+
+class _Findings:
+    """Damage so far, each with the backups that need the damaged file."""
+
+    def __init__(self, kept: store.DomainStore) -> None:
+        self._kept = kept
+        self.damage: List[results.Damage] = []
+        self._parents: Dict[str, Set[str]] = {}
+        for generation in kept.generations():
+            try:
+                entries = kept.layers(generation.id).disks.values()
+                self._parents[generation.id] = {e.parent for e in entries if e.parent}
+            except errors.Damaged:
+                self._parents[generation.id] = {d.parent for d in generation.disks if d.parent}
+
+    def dependents(self, backup: str) -> List[str]:
+        found: List[str] = []
+        for generation in self._kept.generations():
+            if self._parents[generation.id] & {backup, *found}:
+                found.append(generation.id)
+        return found
+
+    def add(
+        self, backup: str, target: Optional[str], reason: str, offset: Optional[int] = None, length: Optional[int] = None
+    ) -> None:
+        self.damage.append(results.Damage(backup, target, offset, length, reason, self.dependents(backup)))
+
+    def files(self, generation: manifest.Manifest) -> None:
+        place = self._kept.directory(generation.id)
+        wanted = [(None, n, d) for n, d in generation.files.items()]
+        wanted += [(d.target, f"{d.target}.delta.npy", d.delta.digest) for d in generation.disks]  # type: ignore[misc]
+        for target, name, digest in wanted:
+            try:
+                good = npy.file_digest(os.path.join(place, name)) == digest
+            except OSError as e:
+                self.add(generation.id, target, f"{name}: {e.strerror}")
+                continue
+            if not good:
+                self.add(generation.id, target, f"{name}: its digest does not match the manifest")
+
+    def layers(self, generation: manifest.Manifest) -> "List[tuple[str, manifest.LayerEntry]]":
+        try:
+            entries = self._kept.layers(generation.id).disks
+        except errors.Damaged as e:
+            self.add(generation.id, None, str(e))
+            return []
+        for disk in generation.disks:
+            if disk.mode != "mark" and disk.target not in entries:
+                self.add(generation.id, disk.target, "layers.json does not name its layer")
+        return [(t, entries[t]) for t in sorted(entries)]
+
+    def place(self, generation: manifest.Manifest, name: str) -> str:
+        return os.path.join(self._kept.directory(generation.id), name)
+
+
+def _layer(
+    session: Session,
+    generation: manifest.Manifest,
+    target: str,
+    entry: manifest.LayerEntry,
+    seen: _Findings,
+    options: Options,
+) -> int:
+    """Bytes read of one layer."""
+
+    def damaged(read: check.Read, reason: str) -> None:
+        seen.add(generation.id, target, reason, read.offset, read.length)
+
+    path = seen.place(generation, entry.file)
+    with ExitStack() as stack:
+        try:
+            contents = stack.enter_context(npy.Reader(seen.place(generation, entry.contents), extents.CONTENT, entry.digest))
+            if not os.path.isfile(path):
+                raise errors.Damaged(path=path, reason="the layer is missing")
+            run_dir = stack.enter_context(server.run_dir(places.run_root()))
+            endpoints = stack.enter_context(server.layers([path], run_dir))
+        except (errors.Damaged, errors.ToolFailed) as e:
+            seen.add(generation.id, target, str(e))
+            return 0
+        return check.check(
+            target,
+            endpoints,
+            (check.Read(r.layer, r.offset, r.length, r.digest, ()) for r in plan.everything(contents, 0)),
+            None,
+            options,
+            damaged=damaged,
+            progress=lambda disk, done: session.watch.progress(disk, done, 0),
+            stop=session.watch.stop,
+        )
