@@ -1,0 +1,165 @@
+"""Looks at what usually goes wrong, changes nothing, and says the way out of each."""
+
+from __future__ import annotations
+
+import os
+from typing import Callable, List, Optional, Tuple
+
+from libvirt_cbt import errors, names, places, tools
+from libvirt_cbt.actions import results
+from libvirt_cbt.actions.session import Session
+from libvirt_cbt.hypervisor import checkpoints, domain, job, scratch
+from libvirt_cbt.repository import store
+
+OK, WARNING, FAILED = "ok", "warning", "failed"
+OLDEST_LIBVIRT = 7_002_000  # per-disk backupmode in one job
+OLDEST_QEMU = 5_002_000
+
+Finding = Tuple[str, str]  # status, detail
+
+
+def doctor(session: Session, domain_name: Optional[str] = None, *, scratch_dir: Optional[str] = None) -> results.Doctor:
+    """Checks this machine, the repository and, when given, one domain.  Errors: NoSuchDomain."""
+    checks: List[results.Check] = []
+
+    def check(name: str, look: Callable[[], Finding]) -> None:
+        try:
+            status, detail = look()
+        except errors.CbtError as e:
+            status, detail = FAILED, str(e)
+        checks.append(results.Check(name, status, detail))
+
+    check("tools", _tools)
+    check("nbd binding", _binding)
+    check("libvirt", lambda: _libvirt(session))
+    check("repository", lambda: _repository(session))
+    check("socket folder", lambda: _folder(places.run_root(), "set LIBVIRT_CBT_RUN_DIR to another one"))
+    check("scratch folder", lambda: _folder(scratch.scratch_root(scratch_dir), "name another with --scratch-dir"))
+    disks: List[results.DoctorDisk] = []
+    if domain_name and checks[2].status != FAILED:
+        dom = domain.read(session.host, session.host.find(domain_name))
+        check("state", lambda: _state(dom))
+        check("agent", lambda: _agent(dom))
+        check("jobs", lambda: _jobs(session, dom))
+        check("checkpoints", lambda: _checkpoints(session, dom))
+        check("scratch room", lambda: _room(dom, scratch_dir))
+        check("chain", lambda: _chain(session, dom))
+        check("disks", lambda: _disks(dom))
+        for disk in dom.disks:
+            reason = disk.unprotected or disk.untracked
+            disks.append(results.DoctorDisk(disk.target, disk.unprotected is None, reason is None, reason))
+    return results.Doctor(domain=domain_name, checks=checks, disks=disks)
+
+
+def _tools() -> Finding:
+    for tool in ("qemu-img", "qemu-nbd", "qemu-storage-daemon", "setpriv"):
+        tools.find(tool)
+    return OK, tools.run(["qemu-img", "--version"]).splitlines()[0]
+
+
+def _binding() -> Finding:
+    from libvirt_cbt.nbdio import client
+
+    return OK, f"libnbd {client.nbd.NBD().get_version()}"
+
+
+def _libvirt(session: Session) -> Finding:
+    libvirt_version, qemu = session.host.versions()
+    shown = f"libvirt {_dotted(libvirt_version)}, QEMU {_dotted(qemu)} at {session.host.uri}"
+    if libvirt_version < OLDEST_LIBVIRT or qemu < OLDEST_QEMU:
+        return FAILED, f"{shown}: incremental backup needs libvirt 7.2 and QEMU 5.2 at least; update the host"
+    return OK, shown
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000000}.{version // 1000 % 1000}.{version % 1000}"
+
+
+def _repository(session: Session) -> Finding:
+    try:
+        repository = session.repository()
+    except errors.NoRepository as e:
+        return WARNING, str(e)
+    free = scratch.room(repository.path)
+    status = WARNING if free < 1 << 30 else OK
+    return status, f"{repository.path}, {len(repository.domains())} domains, {free >> 20} MiB free"
+
+
+def _folder(path: str, way_out: str) -> Finding:
+    at = path
+    while not os.path.isdir(at) and at != "/":
+        at = os.path.dirname(at)
+    if not os.access(at, os.W_OK | os.X_OK):
+        return FAILED, f"{at} is not writable for this user; {way_out}"
+    if at == path and os.stat(path).st_mode & 0o002 and not os.stat(path).st_mode & 0o1000:
+        return FAILED, f"{path} is writable for everybody; run `chmod 711 {path}`, or {way_out}"
+    return OK, path
+
+
+def _state(dom: domain.Domain) -> Finding:
+    return (OK if dom.running else FAILED), f"the guest is {dom.state_name}" + ("" if dom.running else "; start it first")
+
+
+def _agent(dom: domain.Domain) -> Finding:
+    if dom.agent == "connected":
+        return OK, "the guest agent is connected"
+    way = "backups are crash-consistent; add an org.qemu.guest_agent.0 channel and run qemu-guest-agent in the guest"
+    return WARNING, f"the guest agent is {dom.agent}: {way}"
+
+
+def _jobs(session: Session, dom: domain.Domain) -> Finding:
+    running = job.running(session.host, dom.uuid)
+    if running is None:
+        return OK, "none"
+    return WARNING, f"{running.what} is running; wait for it to end, or look with `virsh domjobinfo {dom.uuid}`"
+
+
+def _checkpoints(session: Session, dom: domain.Domain) -> Finding:
+    found = checkpoints.listed(session.host, dom.uuid)
+    try:
+        mine = checkpoints.ours(found, session.repository().id)
+    except errors.NoRepository:
+        mine = []
+    foreign = sorted(set(found) - set(mine))
+    if foreign:
+        shown = ", ".join(names.printable(n, 40) for n in foreign[:5])
+        return WARNING, f"{len(foreign)} of others ({shown}); each costs guest writes a little, they are never touched"
+    return OK, f"{len(mine)} of ours"
+
+
+def _room(dom: domain.Domain, scratch_dir: Optional[str]) -> Finding:
+    directory = scratch.scratch_root(scratch_dir)
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
+    free = scratch.room(directory)
+    needed = sum(d.capacity for d in dom.disks if not d.unprotected)
+    if free < scratch.ROOM_FLOOR:
+        return FAILED, f"{directory} has {free} bytes free; free some or name another with --scratch-dir"
+    if free < needed:
+        return WARNING, f"{directory} has {free >> 20} MiB free; a guest that writes {needed >> 20} MiB fills it"
+    return OK, f"{free >> 20} MiB free in {directory}"
+
+
+def _chain(session: Session, dom: domain.Domain) -> Finding:
+    try:
+        kept: store.DomainStore = session.repository().domain(dom.uuid)
+    except errors.NoRepository:
+        return WARNING, "no backup yet"
+    generations = kept.generations()
+    if not generations:
+        return WARNING, "no backup yet"
+    depth = 0
+    for disk in generations[-1].disks:
+        backup = kept.newest_backup(generations[-1], disk.target)
+        if backup:
+            links = kept.chain(names.BackupId(backup.id), disk.target)
+            depth = max(depth, len(links))
+            for link in links:
+                if not os.path.isfile(link.layer):
+                    raise errors.Damaged(path=link.layer, reason="the layer is missing")
+    return OK, f"generation {generations[-1].generation}, {depth} layers"
+
+
+def _disks(dom: domain.Domain) -> Finding:
+    weak = [f"{d.target}: {d.unprotected or d.untracked}" for d in dom.disks if d.unprotected or d.untracked]
+    return (WARNING, "; ".join(weak)) if weak else (OK, f"{len(dom.disks)} disks, all tracked")

@@ -1,0 +1,74 @@
+"""Whether a domain is tracked, how much has changed since, and how old its newest backup is."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Dict, List, Optional
+
+from libvirt_cbt import errors, names
+from libvirt_cbt.actions import results
+from libvirt_cbt.actions.session import Session
+from libvirt_cbt.hypervisor import checkpoints, documents, domain
+from libvirt_cbt.repository import manifest, store
+
+
+def status(session: Session, domain_name: Optional[str] = None) -> List[results.Status]:
+    """One domain, or every domain of libvirt.  Errors: NoSuchDomain, NoHypervisor, NoRepository."""
+    host = session.host
+    repository = session.repository()
+    uuids = [host.find(domain_name)] if domain_name else [uuid for _, uuid in host.all()]
+    return [_status(session, repository.domain(uuid)) for uuid in uuids]
+
+
+def _status(session: Session, kept: store.DomainStore) -> results.Status:
+    dom = domain.read(session.host, kept.uuid)
+    found = checkpoints.listed(session.host, kept.uuid)
+    history = kept.generations()
+    newest = history[-1] if history else None
+    with_data = [m for m in history if m.kind != "mark"]
+    return results.Status(
+        domain=dom.name,
+        uuid=dom.uuid,
+        state=dom.state_name,
+        generation=newest.generation if newest else None,
+        backup=with_data[-1].id if with_data else None,
+        time=newest.frozen_at if newest else None,
+        age_seconds=_age(newest.frozen_at) if newest else None,
+        disks=[_disk(kept, disk, newest, found, running=dom.running) for disk in dom.disks],
+    )
+
+
+def _disk(
+    kept: store.DomainStore,
+    disk: domain.Disk,
+    newest: Optional[manifest.Manifest],
+    found: Dict[str, documents.CheckpointInfo],
+    *,
+    running: bool,
+) -> results.StatusDisk:
+    reason = disk.unprotected or disk.untracked
+    dirty: Optional[int] = None
+    if not reason and newest is None:
+        reason = "never backed up"
+    elif not reason and newest and newest.checkpoint not in found:
+        reason = f"libvirt no longer has the checkpoint of generation {newest.generation}"
+    elif not reason and newest:
+        dirty = found[newest.checkpoint or ""].disks.get(disk.target)
+        if running and dirty is None:
+            reason = f"the bitmap of generation {newest.generation} is missing or broken"
+    return results.StatusDisk(disk.target, reason is None, reason, dirty, _depth(kept, newest, disk.target))
+
+
+def _depth(kept: store.DomainStore, newest: Optional[manifest.Manifest], target: str) -> int:
+    if newest is None or newest.disk(target) is None:
+        return 0
+    backup = kept.newest_backup(newest, target)
+    try:
+        return len(kept.chain(names.BackupId(backup.id), target)) if backup else 0
+    except errors.Damaged:
+        return 0
+
+
+def _age(time: str) -> float:
+    then = datetime.fromisoformat(time.replace("Z", "+00:00"))
+    return round((datetime.now(timezone.utc) - then).total_seconds(), 1)

@@ -1,0 +1,89 @@
+"""The command line: one file per command, no logic."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Dict, Final, List, Optional
+
+import click
+
+import libvirt_cbt
+from libvirt_cbt.cli import output
+
+COMMANDS: Final[Dict[str, str]] = {
+    "init": "make a repository",
+    "doctor": "look at what usually goes wrong, change nothing",
+    "backup": "back up running domains by their changed blocks",
+    "status": "tracked or not, dirty bytes, age of the newest backup",
+    "list": "the generations of a repository",
+    "show": "one generation in full",
+    "restore": "write a backup's disks as images",
+    "verify": "re-read and re-hash what is stored",
+    "recover": "put right what a crash left; safe to repeat",
+    "untrack": "take our checkpoints off a domain",
+}
+
+
+class _Lazy(click.Group):
+    """Imports a command when it is asked for: numpy and the bindings are dear."""
+
+    def list_commands(self, ctx: click.Context) -> List[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> Optional[click.Command]:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"libvirt_cbt.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+EXAMPLES: Final = """\b
+Examples:
+  libvirt-cbt -r /backups init
+  libvirt-cbt -r /backups backup web1
+  libvirt-cbt -r /backups restore web1 --output /tmp/web1
+"""
+
+
+@click.group(cls=_Lazy, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(libvirt_cbt.__version__, prog_name="libvirt-cbt")
+@click.option("-c", "--connect", "uri", metavar="URI", envvar="LIBVIRT_DEFAULT_URI", help="libvirt URI, as for virsh.")
+@click.option(
+    "-r", "--repository", metavar="REPO", envvar="LIBVIRT_CBT_REPO", help="Directory of the backups [LIBVIRT_CBT_REPO]."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no notes.")
+@click.option("-v", "--verbose", is_flag=True, help="Notes of every step.")
+@click.pass_context
+def group(
+    ctx: click.Context, uri: Optional[str], repository: Optional[str], as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Incremental backups of KVM guests by changed-block tracking."""
+    ctx.obj = output.Settings(uri=uri, repository=repository, json=as_json, quiet=quiet, verbose=verbose)
+
+
+def main(argv: Optional[List[str]] = None) -> Any:
+    """Runs one command and exits with its code; docs/exit-codes.md is the table."""
+    raise SystemExit(run(argv))
+
+
+def run(argv: Optional[List[str]] = None) -> int:
+    """As `main`, but the exit code is returned."""
+    try:
+        group.main(args=argv, prog_name="libvirt-cbt", standalone_mode=False)
+    except click.exceptions.Exit as e:
+        return int(e.exit_code)
+    except click.Abort:
+        return 130
+    except click.ClickException as e:
+        e.show()
+        return 2
+    except SystemExit as e:
+        return int(e.code or 0)
+    except BrokenPipeError:
+        return 0
+    return 0

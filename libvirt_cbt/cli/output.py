@@ -1,0 +1,151 @@
+"""How a command speaks: one JSON document or text for people, one sentence for an error, and an exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Callable, Dict, Final, List, Optional, Sequence, Type
+
+from libvirt_cbt import errors
+
+if TYPE_CHECKING:
+    from libvirt_cbt.actions.session import Session, Watch
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that every command has."""
+
+    uri: Optional[str]
+    repository: Optional[str]
+    json: bool
+    quiet: bool
+    verbose: bool
+
+
+class Interrupts:
+    """Signals set a flag, which the verbs look at between steps; a second one does not skip the cleaning."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._before: Dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        for number in SIGNALS:
+            try:
+                self._before[number] = signal.signal(number, self._caught)
+            except ValueError:
+                break  # not the main thread: somebody else's program minds the signals
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _caught(self, number: int, _frame: Optional[FrameType]) -> None:
+        self._number = self._number or number
+
+    def check(self) -> None:
+        if self._number:
+            raise errors.Interrupted(number=self._number, signal=signal.Signals(self._number).name)
+
+
+def run(settings: Settings, jobs: Sequence[Callable[["Session"], Any]], show: Callable[[Any], None]) -> None:
+    """Runs each job in one session; several domains go on after one that failed.  Ends with SystemExit.
+
+    A job returns one result or a list of them; `show` prints one for people.
+    """
+    from libvirt_cbt.actions.session import Session
+
+    from libvirt_cbt.cli import progress
+
+    results: List[Any] = []
+    first: Optional[errors.CbtError] = None
+    with Interrupts() as interrupts, _Reported() as reported:
+        shown = settings.quiet or settings.json
+        watch: Watch = progress.watch(interrupts.check, quiet=shown, verbose=settings.verbose)
+        with Session(settings.uri, settings.repository, watch) as session:
+            for job in jobs:
+                try:
+                    found = job(session)
+                except errors.CbtError as e:
+                    first = first or e
+                    print(f"libvirt-cbt: {e}", file=sys.stderr)
+                    if isinstance(e, errors.Interrupted):
+                        break
+                else:
+                    for one in found if isinstance(found, list) else [found]:
+                        results.append(one)
+                        if not settings.json:
+                            show(one)
+                finally:
+                    progress.finish(watch)
+    first = first or reported.error
+    if settings.json:
+        print(json.dumps(document(results, first), ensure_ascii=False))
+    if first:
+        raise SystemExit(first.code)
+
+
+def document(results: Sequence[Any], error: Optional[errors.CbtError]) -> Dict[str, Any]:
+    """The one document of --json."""
+    found: Dict[str, Any] = {"version": 1, "results": [asdict(r) for r in results]}
+    if error:
+        found["error"] = error.document()
+    return found
+
+
+class _Bug(errors.CbtError):
+    code = 70
+    template = "a bug of libvirt-cbt: {reason}; please report it with the traceback above"
+
+
+class _Reported:
+    """What a user can cause outside a verb (a missing binding, no repository) is a sentence; the rest a bug, code 70."""
+
+    def __init__(self) -> None:
+        self.error: Optional[errors.CbtError] = None
+
+    def __enter__(self) -> "_Reported":
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> bool:
+        if error is None or not isinstance(error, Exception) or isinstance(error, BrokenPipeError):
+            return False
+        if isinstance(error, errors.CbtError):
+            self.error = error
+        else:
+            traceback.print_exception(kind, error, trace)
+            self.error = _Bug(reason=f"{type(error).__name__}: {error}")
+        print(f"libvirt-cbt: {self.error}", file=sys.stderr)
+        return True
+
+
+def size(count: Optional[float]) -> str:
+    """Bytes for people."""
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Columns as wide as they need to be; those in `right` hold numbers."""
+    from libvirt_cbt import names
+
+    lines = [list(headings)] + [[names.printable(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+    for line in lines:
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))]
+        print("  ".join(cells).rstrip())
