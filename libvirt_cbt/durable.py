@@ -68,7 +68,7 @@ def write_new(path: str, data: bytes) -> None:
         os.close(fd)
 
 
-def write_all(fd: int, data: "bytes | memoryview") -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left) :]

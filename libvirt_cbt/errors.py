@@ -135,7 +135,9 @@ class RepositoryError(CbtError):
 
 
 class RepositoryFull(RepositoryError):
-    template = "no room left in {repository} while writing {path}; nothing was published, free some space and run it again"
+    template = (
+        "no room left in {repository} while writing {path}; nothing was published, free some space and run it again"
+    )
 
 
 class RepositoryDenied(RepositoryError):

@@ -6,10 +6,10 @@ trusted.  No DOCTYPE (so no entities), no network, no huge trees.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lxml import etree
 
@@ -31,7 +31,8 @@ def parse(text: str, what: str) -> etree._Element:
         root = etree.fromstring(data, parser)
     except (etree.XMLSyntaxError, ValueError) as e:
         raise errors.HypervisorError(reason=f"{what} is not well-formed XML: {e}") from None
-    if root.getroottree().docinfo.doctype:
+    document: Any = root.getroottree().docinfo
+    if document.doctype:
         raise errors.HypervisorError(reason=f"{what} carries a DOCTYPE, which libvirt never writes")
     return root
 
@@ -51,7 +52,7 @@ def template(name: str) -> etree._Element:
     return root
 
 
-@lru_cache(maxsize=None)
+@cache
 def _template_text(name: str) -> str:
     # In a wheel the folder is inside the package; in a checkout (also an editable install) it is beside it.
     inside = resources.files("libvirt_cbt") / "xml_templates" / f"{name}.xml"

@@ -127,14 +127,10 @@ def _take(
     return _result(made[0], round(time.monotonic() - begun, 3))
 
 
-def _planned(
-    session: Session, kept: store.DomainStore, dom: domain.Domain, request: Request, options: Options
-) -> _Run:
+def _planned(session: Session, kept: store.DomainStore, dom: domain.Domain, request: Request, options: Options) -> _Run:
     host = session.host
     found = checkpoints.listed(host, dom.uuid)
-    plans, unprotected = planning.plan(
-        dom, kept, found, full=request.full, only=request.disks, exclude=request.exclude
-    )
+    plans, unprotected = planning.plan(dom, kept, found, full=request.full, only=request.disks, exclude=request.exclude)
     identity = names.new_backup_id()
     places = scratch.places(identity, [p.target for p in plans], request.scratch_dir)
     history = kept.generations()
@@ -378,15 +374,11 @@ def disk_result(disk: manifest.ManifestDisk) -> results.BackupDisk:
     )
 
 
-def _estimate(
-    session: Session, kept: store.DomainStore, uuid: names.DomainUuid, request: Request
-) -> results.Backup:
+def _estimate(session: Session, kept: store.DomainStore, uuid: names.DomainUuid, request: Request) -> results.Backup:
     host = session.host
     dom = _running(host, uuid)
     found = checkpoints.listed(host, uuid)
-    plans, unprotected = planning.plan(
-        dom, kept, found, full=request.full, only=request.disks, exclude=request.exclude
-    )
+    plans, unprotected = planning.plan(dom, kept, found, full=request.full, only=request.disks, exclude=request.exclude)
     disks = []
     for plan in plans:
         whole = domain.allocation(host, uuid, plan.target) if plan.copy == planning.ALL else 0
@@ -394,9 +386,19 @@ def _estimate(
         data = {planning.ALL: whole, planning.DIRTY: dirty, planning.NOTHING: 0}[plan.copy]
         disks.append(
             results.BackupDisk(
-                plan.target, plan.mode, plan.reason, plan.base, plan.parent, plan.disk.capacity,
-                dirty_bytes=dirty, data_bytes=data, zero_bytes=0, read_bytes=data, stored_bytes=data, change_id=None,
-            )  # fmt: skip
+                plan.target,
+                plan.mode,
+                plan.reason,
+                plan.base,
+                plan.parent,
+                plan.disk.capacity,
+                dirty_bytes=dirty,
+                data_bytes=data,
+                zero_bytes=0,
+                read_bytes=data,
+                stored_bytes=data,
+                change_id=None,
+            )
         )
     history = kept.generations()
     return results.Backup(

@@ -60,7 +60,7 @@ def _tools() -> Finding:
 def _binding() -> Finding:
     from libvirt_cbt.nbdio import client
 
-    return OK, f"libnbd {client.nbd.NBD().get_version()}"
+    return OK, f"libnbd {client.version()}"
 
 
 def _libvirt(session: Session) -> Finding:
@@ -97,7 +97,9 @@ def _folder(path: str, way_out: str) -> Finding:
 
 
 def _state(dom: domain.Domain) -> Finding:
-    return (OK if dom.running else FAILED), f"the guest is {dom.state_name}" + ("" if dom.running else "; start it first")
+    return (OK if dom.running else FAILED), f"the guest is {dom.state_name}" + (
+        "" if dom.running else "; start it first"
+    )
 
 
 def _agent(dom: domain.Domain) -> Finding:

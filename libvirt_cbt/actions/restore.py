@@ -182,5 +182,3 @@ def _output(part: str, fmt: str, capacity: int, run_dir: str) -> Iterator[check.
     qcow2.create_image(part, capacity)
     with server.image(part, "qcow2", run_dir) as endpoint:
         yield check.Output(part, endpoint=endpoint)
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Callable, Final, List, Optional
 
-from libvirt_cbt import errors
+from libvirt_cbt import errors, names
 from libvirt_cbt.repository import store
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ class Session:
         self.path = os.path.abspath(asked or default_repository())
         self.watch = watch or Watch()
         self._may_make = not asked
-        self._host: Optional["connection.Host"] = None
+        self._host: Optional[connection.Host] = None
         self._repository: Optional[store.Repository] = None
         self._closers: List[Callable[[], None]] = []
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,7 +69,7 @@ class Session:
             self._host = None
 
     @property
-    def host(self) -> "connection.Host":
+    def host(self) -> connection.Host:
         """The connection.  Errors: NoHypervisor."""
         if self._host is None:
             from libvirt_cbt.hypervisor import connection  # restoring needs no libvirt
@@ -94,6 +94,8 @@ class Session:
         try:
             return repository.find(domain)
         except errors.NotInRepository:
+            if names.is_uuid(domain) and repository.has(names.domain_uuid(domain)):
+                return repository.domain(names.domain_uuid(domain))
             try:
                 uuid = self.host.find(domain)
             except errors.CbtError:

@@ -68,7 +68,12 @@ class _Findings:
         return found
 
     def add(
-        self, backup: str, target: Optional[str], reason: str, offset: Optional[int] = None, length: Optional[int] = None
+        self,
+        backup: str,
+        target: Optional[str],
+        reason: str,
+        offset: Optional[int] = None,
+        length: Optional[int] = None,
     ) -> None:
         self.damage.append(results.Damage(backup, target, offset, length, reason, self.dependents(backup)))
 
@@ -85,7 +90,7 @@ class _Findings:
             if not good:
                 self.add(generation.id, target, f"{name}: its digest does not match the manifest")
 
-    def layers(self, generation: manifest.Manifest) -> "List[tuple[str, manifest.LayerEntry]]":
+    def layers(self, generation: manifest.Manifest) -> List[tuple[str, manifest.LayerEntry]]:
         try:
             entries = self._kept.layers(generation.id).disks
         except errors.Damaged as e:
@@ -116,7 +121,9 @@ def _layer(
     path = seen.place(generation, entry.file)
     with ExitStack() as stack:
         try:
-            contents = stack.enter_context(npy.Reader(seen.place(generation, entry.contents), extents.CONTENT, entry.digest))
+            contents = stack.enter_context(
+                npy.Reader(seen.place(generation, entry.contents), extents.CONTENT, entry.digest)
+            )
             if not os.path.isfile(path):
                 raise errors.Damaged(path=path, reason="the layer is missing")
             run_dir = stack.enter_context(server.run_dir(places.run_root()))

@@ -8,7 +8,7 @@ import sys
 import traceback
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Callable, Dict, Final, List, Optional, Sequence, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, Final, List, NoReturn, Optional, Sequence, Type
 
 from libvirt_cbt import errors
 
@@ -36,7 +36,7 @@ class Interrupts:
         self._number = 0
         self._before: Dict[int, Any] = {}
 
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> Interrupts:
         for number in SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._caught)
@@ -56,13 +56,18 @@ class Interrupts:
             raise errors.Interrupted(number=self._number, signal=signal.Signals(self._number).name)
 
 
-def run(settings: Settings, jobs: Sequence[Callable[["Session"], Any]], show: Callable[[Any], None]) -> None:
-    """Runs each job in one session; several domains go on after one that failed.  Ends with SystemExit.
+def run(
+    settings: Settings,
+    jobs: Sequence[Callable[[Session], Any]],
+    show: Callable[[Any], None],
+    *,
+    always: bool = False,
+) -> None:
+    """Runs each job in one session; several domains go on after one that failed, and SystemExit tells of the first.
 
-    A job returns one result or a list of them; `show` prints one for people.
+    A job returns one result or a list of them; `show` prints one for people, with `always` it is called for --json too.
     """
     from libvirt_cbt.actions.session import Session
-
     from libvirt_cbt.cli import progress
 
     results: List[Any] = []
@@ -82,7 +87,7 @@ def run(settings: Settings, jobs: Sequence[Callable[["Session"], Any]], show: Ca
                 else:
                     for one in found if isinstance(found, list) else [found]:
                         results.append(one)
-                        if not settings.json:
+                        if always or not settings.json:
                             show(one)
                 finally:
                     progress.finish(watch)
@@ -91,6 +96,14 @@ def run(settings: Settings, jobs: Sequence[Callable[["Session"], Any]], show: Ca
         print(json.dumps(document(results, first), ensure_ascii=False))
     if first:
         raise SystemExit(first.code)
+
+
+def fail(settings: Settings, error: errors.CbtError) -> NoReturn:
+    """Ends a command that could not begin."""
+    print(f"libvirt-cbt: {error}", file=sys.stderr)
+    if settings.json:
+        print(json.dumps(document([], error), ensure_ascii=False))
+    raise SystemExit(error.code)
 
 
 def document(results: Sequence[Any], error: Optional[errors.CbtError]) -> Dict[str, Any]:
@@ -112,7 +125,7 @@ class _Reported:
     def __init__(self) -> None:
         self.error: Optional[errors.CbtError] = None
 
-    def __enter__(self) -> "_Reported":
+    def __enter__(self) -> _Reported:
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ from libvirt_cbt.hypervisor import connection, documents
 _MISSING = "not found in backing chain"
 
 
-def listed(host: connection.Host, uuid: names.DomainUuid) -> "Dict[str, documents.CheckpointInfo]":
+def listed(host: connection.Host, uuid: names.DomainUuid) -> Dict[str, documents.CheckpointInfo]:
     """Every checkpoint by name; dirty bytes are there when the guest runs (5 to 8 ms each, no job needed).
 
     https://libvirt.org/html/libvirt-libvirt-domain-checkpoint.html#virDomainCheckpointGetXMLDesc
@@ -32,7 +32,7 @@ def listed(host: connection.Host, uuid: names.DomainUuid) -> "Dict[str, document
     return found
 
 
-def ours(found: "Dict[str, documents.CheckpointInfo]", repository: str) -> List[str]:
+def ours(found: Dict[str, documents.CheckpointInfo], repository: str) -> List[str]:
     return [name for name, info in found.items() if documents.repository_of(info) == repository]
 
 

@@ -65,10 +65,11 @@ class Host:
             conn = libvirt.open(self._asked)
         except libvirt.libvirtError as e:
             raise errors.NoHypervisor(uri=self._asked or "the default URI", reason=message(e)) from None
-        try:
-            conn.setKeepAlive(*KEEPALIVE)
-        except libvirt.libvirtError:
-            pass  # drivers without a daemon have nothing to keep alive
+        if ":///embed" not in (self._asked or ""):  # without a daemon there is nothing to keep alive
+            try:
+                conn.setKeepAlive(*KEEPALIVE)
+            except libvirt.libvirtError:
+                pass  # a daemon that is too old for it
         return conn
 
     def close(self) -> None:
@@ -85,7 +86,7 @@ class Host:
     def hostname(self) -> str:
         return str(self.retry(lambda conn: conn.getHostname()))
 
-    def versions(self) -> "tuple[int, int]":
+    def versions(self) -> tuple[int, int]:
         """(libvirt of the daemon, QEMU) as major*1000000 + minor*1000 + release."""
         return self.retry(lambda conn: (int(conn.getLibVersion()), int(conn.getVersion())))
 
@@ -146,7 +147,7 @@ class Host:
         with self.translated(domain):
             return names.domain_uuid(self.retry(tries).UUIDString())
 
-    def all(self) -> "list[tuple[str, names.DomainUuid]]":
+    def all(self) -> list[tuple[str, names.DomainUuid]]:
         """(name, UUID) of every domain, sorted by name."""
         found = self.retry(lambda conn: conn.listAllDomains())
         return sorted((d.name(), names.domain_uuid(d.UUIDString())) for d in found)
@@ -154,7 +155,9 @@ class Host:
     def volume_path(self, pool: str, volume: str) -> Optional[str]:
         """Where a storage volume lies on the host; None when libvirt does not know."""
         try:
-            return str(self.retry(lambda conn: conn.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()))
+            return str(
+                self.retry(lambda conn: conn.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
+            )
         except libvirt.libvirtError:
             return None
 

@@ -197,9 +197,7 @@ def _untracked(fmt: str, path: str) -> Optional[str]:
 
 
 def _inodes(row: etree._Element, source: str) -> Tuple[str, ...]:
-    paths = [source] + [
-        s.get("file") or s.get("dev") or "" for s in row.iterfind(".//backingStore/source")
-    ]
+    paths = [source] + [s.get("file") or s.get("dev") or "" for s in row.iterfind(".//backingStore/source")]
     found = []
     for path in paths:
         try:

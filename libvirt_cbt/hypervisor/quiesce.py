@@ -39,7 +39,7 @@ class Quiesce:
     def __init__(self, host: connection.Host, dom: Domain, requested: str) -> None:
         self._host, self._domain, self._requested = host, dom, requested
 
-    def around(self, transaction: Callable[[], T]) -> "tuple[T, Quiesced]":
+    def around(self, transaction: Callable[[], T]) -> tuple[T, Quiesced]:
         """Errors: NotConsistent with `agent` when the guest cannot be frozen; those of the transaction."""
         unable = self._unable()
         if self._requested == "agent" and unable:
@@ -47,7 +47,7 @@ class Quiesce:
         if self._requested == "none" or unable:
             return transaction(), Quiesced(self._requested, "none", None, unable)
         dom = self._host.lookup(self._domain.uuid)
-        self._set_timeout(dom, AGENT_SECONDS)
+        _set_timeout(dom, AGENT_SECONDS)
         reason: Optional[str] = None
         frozen = thawed = 0
         begun = time.monotonic()
@@ -62,7 +62,7 @@ class Quiesce:
         finally:
             # After a failed freeze too: an agent that was merely slow freezes when it wakes.
             thawed, complaint = self._thaw(dom)
-            self._set_timeout(dom, _DEFAULT_TIMEOUT)
+            _set_timeout(dom, _DEFAULT_TIMEOUT)
         seconds = time.monotonic() - begun
         reason = reason or complaint or _judge(frozen, thawed, seconds)
         if reason and self._requested == "agent":
@@ -85,18 +85,18 @@ class Quiesce:
         return errors.NotConsistent(domain=names.printable(self._domain.name), reason=reason)
 
     @staticmethod
-    def _set_timeout(dom: object, seconds: int) -> None:
-        try:
-            dom.agentSetResponseTimeout(seconds, 0)  # type: ignore[attr-defined]
-        except libvirt.libvirtError:
-            pass  # an older libvirt, or the guest has gone: the freeze itself will tell
-
-    @staticmethod
-    def _thaw(dom: object) -> "tuple[int, Optional[str]]":
+    def _thaw(dom: object) -> tuple[int, Optional[str]]:
         try:
             return dom.fsThaw(), None  # type: ignore[attr-defined]
         except libvirt.libvirtError as e:
             return 0, f"the thaw failed: {connection.message(e)}"
+
+
+def _set_timeout(dom: object, seconds: int) -> None:
+    try:
+        dom.agentSetResponseTimeout(seconds, 0)  # type: ignore[attr-defined]
+    except libvirt.libvirtError:
+        pass  # an older libvirt, or the guest has gone: the freeze itself will tell
 
 
 def _judge(frozen: int, thawed: int, seconds: float) -> Optional[str]:
@@ -105,18 +105,20 @@ def _judge(frozen: int, thawed: int, seconds: float) -> Optional[str]:
     if frozen != thawed:
         return f"the agent froze {frozen} file systems and thawed {thawed}"
     if seconds > BUDGET_SECONDS:
-        return f"the guest was frozen for {seconds:.1f} s, longer than the {BUDGET_SECONDS:.0f} s that guests keep still"
+        return (
+            f"the guest was frozen for {seconds:.1f} s, longer than the {BUDGET_SECONDS:.0f} s that guests keep still"
+        )
     return None
 
 
 def thaw(host: connection.Host, uuid: names.DomainUuid) -> List[str]:
     """Thaws a guest that a run which died may have left frozen; what was done, for people."""
     dom = host.lookup(uuid)
-    Quiesce._set_timeout(dom, AGENT_SECONDS)
+    _set_timeout(dom, AGENT_SECONDS)
     try:
         count = dom.fsThaw()
     except libvirt.libvirtError:
         return []  # off, or without an agent: nothing is frozen by us
     finally:
-        Quiesce._set_timeout(dom, _DEFAULT_TIMEOUT)
+        _set_timeout(dom, _DEFAULT_TIMEOUT)
     return [f"thawed {count} file systems"] if count else []

@@ -18,6 +18,8 @@ from typing import Final, Sequence, Tuple
 import numpy as np
 import numpy.typing as npt
 
+from libvirt_cbt import extents
+
 HOLE: Final = 1
 ZERO: Final = 2
 DIRTY: Final = 1
@@ -36,7 +38,7 @@ class Status:
     zero: Flags
     dirty: Flags
 
-    def cut(self, at: int) -> "Tuple[Status, Status]":
+    def cut(self, at: int) -> Tuple[Status, Status]:
         """The pieces before byte `at` of the disk and those behind it."""
         below = int(np.searchsorted(self.start, at, side="left"))
         above = int(np.searchsorted(self.end, at, side="right"))
@@ -45,7 +47,7 @@ class Status:
         return left, right
 
 
-def join(parts: "Sequence[Status]") -> Status:
+def join(parts: Sequence[Status]) -> Status:
     return Status(
         np.concatenate([p.start for p in parts]),
         np.concatenate([p.end for p in parts]),
@@ -54,15 +56,13 @@ def join(parts: "Sequence[Status]") -> Status:
     )
 
 
-def merge(
-    offset: int, length: int, allocation: "Sequence[int] | None", dirty: "Sequence[int] | None"
-) -> Status:
+def merge(offset: int, length: int, allocation: Sequence[int] | None, dirty: Sequence[int] | None) -> Status:
     """One reply from `offset`, as flat lists (length, flags, ...); at most `length` bytes of it count.
 
     `allocation` None: the server does not tell, all is data.  `dirty` None: no bitmap was asked for, all that is not
     zero counts as dirty.  An empty Status means that the server made no progress.
     """
-    lists = [_column(x) for x in (allocation, dirty) if x is not None]
+    lists = [_column(x, length) for x in (allocation, dirty) if x is not None]
     if not lists:
         lists = [(np.array([length], np.uint64), np.array([0], np.uint64))]
     reach = min([length, *(int(ends[-1]) if len(ends) else 0 for ends, _ in lists)])
@@ -77,9 +77,41 @@ def merge(
     return Status(starts + base, edges + base, zero, marked)
 
 
-def _column(flat: Sequence[int]) -> Tuple[U64, U64]:
+def delta(status: Status) -> extents.Extents:
+    """D(j) of one window: exactly the dirty bytes, and "zero" only where whole cells of 4 KiB are.
+
+    A cell is data when any byte of it is, dirty or not: the bitmap may be finer than the cell.
+    """
+    if not status.dirty.any():
+        return extents.empty()
+    dirty = np.stack((status.start[status.dirty], status.end[status.dirty]), axis=1).ravel()
+    filled = _cells(status.start[~status.zero], status.end[~status.zero], extents.STATE_GRAIN)
+    edges = np.sort(np.concatenate((dirty, filled)), kind="stable")  # two sorted lists: the stable sort merges them
+    begin, length = edges[:-1], np.diff(edges)
+    inside = _within(dirty, begin) & (length > 0)
+    state = np.where(_within(filled, begin), extents.DATA, extents.ZERO)
+    return extents.coalesce(extents.make(begin[inside], length[inside], state[inside]))
+
+
+def _cells(start: U64, end: U64, grain: int) -> U64:
+    """The edges (start, end, start, ...) of ordered pieces grown to whole cells."""
+    if not len(start):
+        return start
+    step = np.uint64(grain)
+    low, high = start // step * step, (end + step - np.uint64(1)) // step * step
+    apart = low[1:] > high[:-1]
+    return np.stack((low[np.append(True, apart)], high[np.append(apart, True)]), axis=1).ravel()
+
+
+def _within(edges: U64, at: U64) -> Flags:
+    found: Flags = np.searchsorted(edges, at, side="right") % 2 == 1
+    return found
+
+
+def _column(flat: Sequence[int], limit: int) -> Tuple[U64, U64]:
     table = np.array(flat, dtype=np.uint64)[: len(flat) // 2 * 2].reshape(-1, 2)
-    return np.cumsum(table[:, 0], dtype=np.uint64), table[:, 1]
+    # Cut before the sum is formed: extended headers carry lengths of 64 bits, which could wrap around.
+    return np.cumsum(np.minimum(table[:, 0], np.uint64(limit)), dtype=np.uint64), table[:, 1]
 
 
 def _flags(column: Tuple[U64, U64], starts: U64) -> U64:

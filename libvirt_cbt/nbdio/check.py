@@ -50,8 +50,8 @@ def check(
     """
     with ExitStack() as stack:
         lane = _Check(target, sources, reads, output, options, damaged, progress)
-        stack.callback(lane.close)
-        lane.open()
+        stack.callback(lanes.close, [lane])
+        lane.open(stop)
         lanes.run([lane], stop)
         return lane.bytes
 
@@ -75,16 +75,13 @@ class _Check(lanes.Lane):
         self._exhausted = self._flushed = False
         self.bytes = 0
 
-    def open(self) -> None:
+    def open(self, stop: Callable[[], None]) -> None:
         for endpoint in self._endpoints:
-            self._sources += client.connect(endpoint, 1, (), None)
+            self._sources += client.connect(endpoint, 1, (), None, stop)
             self.connections = [*self._sources]
         if self._output and self._output.endpoint:
-            self._sink = client.connect(self._output.endpoint, 1, (), None)[0]
+            [self._sink] = client.connect(self._output.endpoint, 1, (), None, stop)
             self.connections.append(self._sink)
-
-    def close(self) -> None:
-        client.close(self.connections)
 
     @property
     def done(self) -> bool:

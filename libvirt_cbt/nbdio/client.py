@@ -33,10 +33,10 @@ TURN_SECONDS: Final = 0.2  # how long one turn waits at most: `stop` is asked th
 Finished = Callable[[int], None]  # called in the loop, never by libnbd, with an errno or 0
 
 
-class Lost(Exception):  # noqa: N818 -- a fact of one connection; the lane knows which sentence it becomes
+class Lost(Exception):
     """The peer has gone."""
 
-    def __init__(self, connection: "Connection", reason: str) -> None:
+    def __init__(self, connection: Connection, reason: str) -> None:
         super().__init__(reason)
         self.connection = connection
 
@@ -44,36 +44,31 @@ class Lost(Exception):  # noqa: N818 -- a fact of one connection; the lane knows
 class Connection:
     """One handle; requests are counted, finished ones wait in a queue until `settle` is called."""
 
-    def __init__(self, endpoint: Endpoint, contexts: Sequence[str] = ()) -> None:
+    def __init__(self, endpoint: Endpoint, contexts: Sequence[str], stop: Callable[[], None]) -> None:
         self.endpoint = endpoint
         self.in_flight = 0
         self._finished: Deque[Tuple[Finished, int]] = deque()
         self._handle: Any = nbd.NBD()
         try:
             self._handle.set_export_name(endpoint.export)
+            self._handle.set_pread_initialize(False)  # every error is judged, so nothing stale is ever taken for data
             for context in contexts:
                 self._handle.add_meta_context(context)
             self._handle.aio_connect_unix(endpoint.socket)
-            self._until(lambda: not self._handle.aio_is_connecting(), CONNECT_SECONDS)
-            if not self._handle.aio_is_ready():
-                raise errors.NbdError(export=endpoint.export, reason="the server does not answer")
-            self.size = int(self._handle.get_size())
+            deadline = time.monotonic() + CONNECT_SECONDS
+            while self._handle.aio_is_connecting():
+                stop()
+                if time.monotonic() > deadline:
+                    raise errors.NbdError(export=endpoint.export, reason="the server does not answer")
+                turn([self])
+            self.size = int(self._handle.get_size())  # raises when the server refused us
+            if self.size < 0:
+                raise errors.NbdError(export=endpoint.export, reason="the server names an impossible size")
             self.contexts = frozenset(c for c in contexts if self._handle.can_meta_context(c))
         except nbd.Error as e:
-            self._handle.close()
-            raise errors.NbdError(export=endpoint.export, reason=e.string) from None
-        except BaseException:
-            self._handle.close()
-            raise
-
-    def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            self._handle.poll(int(min(left, 1) * 1000) + 1)
-        return True
+            raise errors.NbdError(export=endpoint.export, reason=_sentence(e)) from None
+        except Lost as e:
+            raise errors.NbdError(export=endpoint.export, reason=str(e)) from None
 
     def read(self, buffer: Any, offset: int, done: Finished) -> None:
         self._submit(self._handle.aio_pread, (nbd.Buffer.from_buffer(buffer), offset), done)
@@ -116,7 +111,7 @@ class Connection:
         try:
             call(*args, completion=completion)
         except nbd.Error as e:
-            raise Lost(self, e.string) from None
+            raise Lost(self, _sentence(e)) from None
         self.in_flight += 1
 
     def settle(self) -> int:
@@ -138,10 +133,10 @@ class Connection:
                 self._handle.aio_notify_write()
             elif events & (select.POLLERR | select.POLLNVAL | select.POLLHUP):
                 raise Lost(self, "the connection was reset")
-            if self._handle.aio_is_dead() or self._handle.aio_is_closed():
+            if self.gone:
                 raise Lost(self, "the connection was closed")
         except nbd.Error as e:
-            raise Lost(self, e.string or os.strerror(e.errnum or errno.EIO)) from None
+            raise Lost(self, _sentence(e)) from None
 
     def interest(self) -> Tuple[int, int]:
         """(file descriptor, poll events)."""
@@ -149,36 +144,44 @@ class Connection:
         events = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
         return int(self._handle.aio_get_fd()), events | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
 
-    def close(self) -> None:
-        """Says goodbye (NBD_CMD_DISC) and waits a little: a job must not be ended under a connected client."""
+    @property
+    def gone(self) -> bool:
+        return bool(self._handle.aio_is_closed() or self._handle.aio_is_dead())
+
+    def say_goodbye(self) -> None:
         try:
-            if self._handle.aio_is_ready() or self._handle.aio_is_processing():
-                self._handle.aio_disconnect()
-                self._until(lambda: bool(self._handle.aio_is_closed() or self._handle.aio_is_dead()), GOODBYE_SECONDS)
+            self._handle.aio_disconnect()
         except nbd.Error:
             pass  # it is gone already
-        finally:
-            self._handle.close()
+
+    def drop(self) -> None:
+        """Frees the handle, and with it the buffers of requests that a hanging server still has."""
+        self._handle = None  # the binding has no close(): the last reference is what holds the socket open
+        self._finished.clear()
 
 
-def turn(connections: Sequence[Connection], timeout: float = TURN_SECONDS) -> None:
-    """Waits until something moves on any connection, and lets it.  Errors: Lost."""
+def turn(connections: Sequence[Connection], timeout: float = TURN_SECONDS) -> int:
+    """Waits until something moves on any connection, and lets it; on how many it did.  Errors: Lost."""
     poller = select.poll()
     by_fd: Dict[int, Connection] = {}
     for connection in connections:
         fd, events = connection.interest()
         by_fd[fd] = connection
         poller.register(fd, events)
-    for fd, events in poller.poll(timeout * 1000):
+    moving = poller.poll(timeout * 1000)
+    for fd, events in moving:
         by_fd[fd].notify(events)
+    return len(moving)
 
 
-def connect(endpoint: Endpoint, count: int, contexts: Sequence[str], capacity: Optional[int]) -> List[Connection]:
+def connect(
+    endpoint: Endpoint, count: int, contexts: Sequence[str], capacity: Optional[int], stop: Callable[[], None]
+) -> List[Connection]:
     """`count` connections to one export.  Errors: NbdError also when its size is not `capacity` bytes."""
     made: List[Connection] = []
     try:
         for _ in range(count):
-            made.append(Connection(endpoint, contexts))
+            made.append(Connection(endpoint, contexts, stop))
             if capacity is not None and made[-1].size != capacity:
                 raise errors.NbdError(
                     export=endpoint.export, reason=f"it has {made[-1].size} bytes where {capacity} were expected"
@@ -189,6 +192,27 @@ def connect(endpoint: Endpoint, count: int, contexts: Sequence[str], capacity: O
     return made
 
 
+def version() -> str:
+    """libnbd's."""
+    return str(nbd.NBD().get_version())
+
+
 def close(connections: Sequence[Connection]) -> None:
+    """Says goodbye (NBD_CMD_DISC) on all and waits a little: a job must not be ended under a connected client."""
     for connection in connections:
-        connection.close()
+        connection.say_goodbye()
+    deadline = time.monotonic() + GOODBYE_SECONDS
+    while time.monotonic() < deadline:
+        left = [c for c in connections if not c.gone]
+        if not left:
+            break
+        try:
+            turn(left)
+        except Lost:
+            pass  # that is the goodbye
+    for connection in connections:
+        connection.drop()
+
+
+def _sentence(error: Any) -> str:
+    return str(error.string or os.strerror(error.errnum or errno.EIO))

@@ -84,12 +84,10 @@ def pull(
     Errors: SourceLost, SourceStalled, SourceUnreadable, NbdError, RepositoryFull, RepositoryError; what `stop` raises.
     """
     with ExitStack() as stack:
-        disks = []
-        for one in pulls:
-            disk = _Disk(one, options, progress)
-            stack.callback(disk.close)
-            disk.open()
-            disks.append(disk)
+        disks = [_Disk(one, options, progress) for one in pulls]
+        stack.callback(lanes.close, disks)
+        for disk in disks:
+            disk.open(stop)
         lanes.run(disks, stop)
         return [disk.result() for disk in disks]
 
@@ -119,18 +117,16 @@ class _Disk(lanes.Lane):
         self._flushed = False
         self._dirty = self._data = self._zero = self._read = 0
 
-    def open(self) -> None:
+    def open(self, stop: Callable[[], None]) -> None:
         contexts = [blockstatus.ALLOCATION] + ([self.pull.bitmap] if self.pull.bitmap else [])
-        self._sources = client.connect(self.pull.source, self.options.connections, contexts, self.pull.capacity)
+        self._sources = client.connect(self.pull.source, self.options.connections, contexts, self.pull.capacity, stop)
+        self.connections += self._sources
         if self.pull.bitmap and any(self.pull.bitmap not in c.contexts for c in self._sources):
             # The server leaves an unknown context out in silence; an increment without it would be empty.
             raise errors.NbdError(export=self.pull.source.export, reason=f"it does not offer '{self.pull.bitmap}'")
         if self.pull.sink:
-            self._sinks = client.connect(self.pull.sink.endpoint, 1, (), None)
-        self.connections = [*self._sources, *self._sinks]
-
-    def close(self) -> None:
-        client.close([*self._sources, *self._sinks])
+            self._sinks = client.connect(self.pull.sink.endpoint, 1, (), None, stop)
+            self.connections += self._sinks
 
     def result(self) -> Pulled:
         return Pulled(self.target, self._dirty, self._data, self._zero, self._read)
@@ -198,7 +194,9 @@ class _Disk(lanes.Lane):
         self._position = int(status.end[-1])
         if self._pending:
             status = blockstatus.join([self._pending, status])
-        whole = self._position if self._position == self.pull.capacity else self._position // extents.GRAIN * extents.GRAIN
+        whole = (
+            self._position if self._position == self.pull.capacity else self._position // extents.GRAIN * extents.GRAIN
+        )
         ready, rest = status.cut(whole)
         self._pending = rest if len(rest.end) else None
         if len(ready.end):
@@ -206,7 +204,7 @@ class _Disk(lanes.Lane):
 
     def _prepare(self, status: Status) -> None:
         low, high = int(status.start[0]), int(status.end[-1])
-        dirty = _dirty(status)
+        dirty = blockstatus.delta(status)
         self._dirty += extents.total(dirty)
         joined = extents.coalesce(np.concatenate([self._tail, dirty]))
         self.pull.delta(joined[:-1])
@@ -259,7 +257,7 @@ class _Disk(lanes.Lane):
                 raise self._unreadable(offset, length, error)
             self._read += length
             window.rows["digest"][row] = np.frombuffer(lanes.digest(view), np.uint8)
-            self.least_busy(self._sinks).write(buffer, offset, lambda e: self._run_written(window, e, length, buffer))
+            self.least_busy(self._sinks).write(buffer, offset, lambda e: self._run_written(window, e, buffer))
 
         self.least_busy(self._sources).read(view, offset, arrived)
 
@@ -269,13 +267,13 @@ class _Disk(lanes.Lane):
 
         def written(error: int) -> None:
             if error or piece == padded:
-                self._run_written(window, error, 0, None)
+                self._run_written(window, error, None)
             else:
                 self._write_zeroes(window, offset + piece, padded - piece)
 
         self.least_busy(self._sinks).zero(piece, offset, written)
 
-    def _run_written(self, window: _Window, error: int, length: int, buffer: Optional[bytearray]) -> None:
+    def _run_written(self, window: _Window, error: int, buffer: Optional[bytearray]) -> None:
         if buffer is not None:
             self.give(buffer)
         self._written(error)
@@ -293,15 +291,3 @@ class _Disk(lanes.Lane):
         if error in (107, 108, 32, 104):  # ENOTCONN, ESHUTDOWN, EPIPE, ECONNRESET: the server went, not the sector
             return errors.SourceLost(target=self.target, reason=os.strerror(error))
         return errors.SourceUnreadable(target=self.target, offset=offset, length=length, reason=os.strerror(error))
-
-
-def _dirty(status: Status) -> extents.Extents:
-    """D(j) of one window: the dirty pieces with their state, changes finer than 4 KiB made data."""
-    marked = status.dirty
-    if not marked.any():
-        return extents.empty()
-    state = np.where(status.zero[marked], extents.ZERO, extents.DATA)
-    found = extents.make(status.start[marked], (status.end - status.start)[marked], state)
-    capacity = int(status.end[-1])
-    fine: Any = (found["offset"] % extents.STATE_GRAIN).any() or (extents.ends(found)[:-1] % extents.STATE_GRAIN).any()
-    return extents.round_outward(found, extents.STATE_GRAIN, capacity) if fine else extents.coalesce(found)

@@ -78,6 +78,10 @@ class Lane:
         return connections[0] if len(connections) == 1 else min(connections, key=lambda c: c.in_flight)
 
 
+def close(lanes: Sequence[Lane]) -> None:
+    client.close([connection for lane in lanes for connection in lane.connections])
+
+
 def run(lanes: Sequence[Lane], stop: Callable[[], None]) -> None:
     """Turns until every lane is done.  Errors: what `stop` or a lane raises; SourceLost, SourceStalled."""
     while True:
@@ -91,16 +95,17 @@ def run(lanes: Sequence[Lane], stop: Callable[[], None]) -> None:
             except client.Lost as gone:
                 raise lane.lost(gone) from None
             waiting += [c for c in lane.connections if c.in_flight]
-            if not lane.done and time.monotonic() - lane.moved > lane.options.stall_seconds:
-                raise lane.stalled()
         if all(lane.done for lane in lanes):
             return
         try:
-            if waiting:
-                client.turn(waiting)
+            # Judged after a turn in which nothing came: whoever stopped us for an hour did not stall the server.
+            quiet = not client.turn(waiting)
         except client.Lost as gone:
             owner = next(lane for lane in lanes if gone.connection in lane.connections)
             raise owner.lost(gone) from None
+        for lane in lanes:
+            if quiet and not lane.done and time.monotonic() - lane.moved > lane.options.stall_seconds:
+                raise lane.stalled()
 
 
 def digest(data: Any) -> bytes:

@@ -15,7 +15,15 @@ def rounded(size: int) -> int:
 
 def create_layer(path: str, size: int, *, backing: Optional[str], compress: bool) -> None:
     """An empty layer for a disk of `size` bytes; `backing` is written down as it is, not opened."""
-    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1,compression_type=" + ("zstd" if compress else "zlib")]
+    argv = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "compat=1.1,compression_type=" + ("zstd" if compress else "zlib"),
+    ]
     if backing:
         argv += ["-u", "-b", backing, "-F", "qcow2"]
     tools.run([*argv, path, str(rounded(size))])

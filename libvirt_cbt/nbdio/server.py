@@ -96,7 +96,9 @@ def _alone(path: str) -> Dict[str, Any]:
 @contextmanager
 def _running(argv: List[str], path: str) -> Iterator[None]:
     if len(os.fsencode(path)) > 107:
-        raise errors.HypervisorError(reason=f"the socket path {path} is too long; set LIBVIRT_CBT_RUN_DIR to a shorter one")
+        raise errors.HypervisorError(
+            reason=f"the socket path {path} is too long; set LIBVIRT_CBT_RUN_DIR to a shorter one"
+        )
     with tempfile.TemporaryFile() as complaints:
         # Dies with us, also when we are killed; Ctrl-C in a terminal is ours to handle.
         process = subprocess.Popen(
@@ -119,7 +121,7 @@ def _running(argv: List[str], path: str) -> Iterator[None]:
                 pass
 
 
-def _wait_started(process: "subprocess.Popen[bytes]", tool: str, path: str, complaints: Any) -> None:
+def _wait_started(process: subprocess.Popen[bytes], tool: str, path: str, complaints: Any) -> None:
     deadline = time.monotonic() + START_SECONDS
     while True:
         if process.poll() is not None:
@@ -135,7 +137,7 @@ def _wait_started(process: "subprocess.Popen[bytes]", tool: str, path: str, comp
         time.sleep(0.005)
 
 
-def _failed(tool: str, process: "subprocess.Popen[bytes]", complaints: Any) -> errors.ToolFailed:
+def _failed(tool: str, process: subprocess.Popen[bytes], complaints: Any) -> errors.ToolFailed:
     complaints.seek(0)
     lines = complaints.read(65536).decode(errors="replace").strip().splitlines()
     return errors.ToolFailed(
@@ -143,7 +145,7 @@ def _failed(tool: str, process: "subprocess.Popen[bytes]", complaints: Any) -> e
     )
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(STOP_SECONDS)

@@ -19,8 +19,8 @@ HEADER_BYTES: Final = 256
 SLICE: Final = 65536  # rows read at once where all are wanted
 
 
-def _header(dtype: "np.dtype[Any]", rows: int) -> bytes:
-    text = f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': ({rows},), }}"
+def _header(dtype: np.dtype[Any], rows: int) -> bytes:
+    text = f"{{'descr': {dtype.descr!r}, 'fortran_order': False, 'shape': ({rows},), }}"
     body = text.encode("ascii")
     return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + body.ljust(HEADER_BYTES - 11) + b"\n"
 
@@ -28,7 +28,7 @@ def _header(dtype: "np.dtype[Any]", rows: int) -> bytes:
 class Writer:
     """Appends arrays of one dtype to a new file; `finish` writes the header, syncs, and gives (digest, rows)."""
 
-    def __init__(self, path: str, dtype: "np.dtype[Any]") -> None:
+    def __init__(self, path: str, dtype: np.dtype[Any]) -> None:
         self.path, self._dtype, self._rows = path, dtype, 0
         self._fd = durable.create(path)
         durable.write_all(self._fd, _header(dtype, 0))
@@ -70,7 +70,7 @@ def _opener(path: str, flags: int) -> int:
 class Reader:
     """Rows of a file of ours, a window at a time; a context manager.  Errors: Damaged naming the file."""
 
-    def __init__(self, path: str, dtype: "np.dtype[Any]", digest: str) -> None:
+    def __init__(self, path: str, dtype: np.dtype[Any], digest: str) -> None:
         self.path, self._dtype = path, dtype
         try:
             self._fd = _opener(path, os.O_RDONLY)
@@ -87,7 +87,7 @@ class Reader:
             os.close(self._fd)
             raise
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:

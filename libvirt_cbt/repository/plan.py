@@ -46,9 +46,9 @@ def restore(chain: Sequence[npy.Reader], capacity: int) -> Iterator[Run]:
 
 
 def _window(
-    cells: extents.Cells, rows: List[extents.Extents], first_of: "np.ndarray[Tuple[int], np.dtype[np.int64]]", high: int
+    cells: extents.Cells, rows: List[extents.Extents], first_of: np.ndarray[Tuple[int], np.dtype[np.int64]], high: int
 ) -> Iterator[Run]:
-    keep: "dict[int, List[Tuple[int, int]]]" = {}
+    keep: dict[int, List[Tuple[int, int]]] = {}
     for first, last, number in cells.runs():
         offset = cells.low + first * cells.grain
         keep.setdefault(number, []).append((offset, min(cells.low + last * cells.grain, high) - offset))

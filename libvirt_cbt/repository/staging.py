@@ -39,7 +39,7 @@ class Staging:
     def contents(self, target: str) -> npy.Writer:
         return self._writer(f"{target}.contents.npy", extents.CONTENT)
 
-    def _writer(self, name: str, dtype: "np.dtype[Any]") -> npy.Writer:
+    def _writer(self, name: str, dtype: np.dtype[Any]) -> npy.Writer:
         with self._explained():
             writer = npy.Writer(os.path.join(self.path, name), dtype)
         self._writers[name] = writer

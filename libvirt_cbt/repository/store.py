@@ -23,7 +23,7 @@ class Repository:
         self.path, self.id = path, identity
 
     @staticmethod
-    def init(path: str) -> "Repository":
+    def init(path: str) -> Repository:
         """Makes a repository in a new or empty directory.  Errors: RepositoryError, RepositoryForeign, RepositoryDenied."""
         with durable.explained(path, path):
             if os.path.lexists(path):
@@ -43,7 +43,7 @@ class Repository:
         return Repository(path, identity)
 
     @staticmethod
-    def open(path: str) -> "Repository":
+    def open(path: str) -> Repository:
         """Errors: NoRepository, RepositoryForeign, RepositoryDenied, RepositoryVersion, Damaged."""
         with durable.explained(path, path):
             try:
@@ -66,19 +66,22 @@ class Repository:
                 raise errors.NoRepository(repository=path)
             return Repository(path, RepositoryFile.load(file).id)
 
-    def domain(self, uuid: names.DomainUuid) -> "DomainStore":
+    def domain(self, uuid: names.DomainUuid) -> DomainStore:
         return DomainStore(self, uuid)
 
     def has(self, uuid: names.DomainUuid) -> bool:
         return os.path.isdir(os.path.join(self.path, uuid))
 
-    def domains(self) -> List["DomainStore"]:
+    def domains(self) -> List[DomainStore]:
         """Every domain with at least one generation, ordered by UUID."""
-        with durable.explained(self.path, self.path):
-            found = [names.DomainUuid(e) for e in sorted(os.listdir(self.path)) if _canonical(e)]
-        return [s for s in (self.domain(u) for u in found) if s.generations()]
+        return [s for s in (self.domain(u) for u in self.uuids()) if s.generations()]
 
-    def find(self, domain: str) -> "DomainStore":
+    def uuids(self) -> List[names.DomainUuid]:
+        """Every domain that a run was ever begun for, manifests unread."""
+        with durable.explained(self.path, self.path):
+            return [names.DomainUuid(e) for e in sorted(os.listdir(self.path)) if _canonical(e)]
+
+    def find(self, domain: str) -> DomainStore:
         """By UUID, or by the name in the newest generation.  Errors: NotInRepository; Usage when two have the name."""
         if names.is_uuid(domain):
             kept = self.domain(names.domain_uuid(domain))
@@ -190,7 +193,9 @@ class DomainStore:
         else:
             found = [m for m in generations if any(d.change_id == str(point) for d in m.disks)]
         if len(found) > 1:
-            raise errors.Usage(reason=f"'{point}' is the beginning of {', '.join(m.id for m in found)}; give more digits")
+            raise errors.Usage(
+                reason=f"'{point}' is the beginning of {', '.join(m.id for m in found)}; give more digits"
+            )
         if not found:
             raise errors.NoSuchBackup(domain=self.name, point=str(point), repository=self.repository.path)
         return found[0]
@@ -229,7 +234,7 @@ class DomainStore:
         return links
 
     @contextmanager
-    def deltas(self, target: str, after: int, until: int) -> "Iterator[Deltas]":
+    def deltas(self, target: str, after: int, until: int) -> Iterator[Deltas]:
         """The deltas of generations after+1..until as readers, oldest first.  Errors: Damaged."""
         with ExitStack() as stack:
             readers: List[npy.Reader] = []
@@ -287,4 +292,3 @@ def _readable(repository: str, path: str) -> Iterator[None]:
 def layer_backing(parent: Optional[str], target: str) -> Optional[str]:
     """The backing file string of a layer: right from staging and from backups."""
     return None if parent is None else f"../../backups/{parent}/{target}.qcow2"
-

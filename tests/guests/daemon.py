@@ -20,6 +20,8 @@ import libvirt
 
 KEEPER: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "keeper.py")
 START_SECONDS: Final = 30.0
+# What libvirtd found out about QEMU in an earlier run, 5 s to find out again; it checks by itself whether it still holds.
+CAPABILITIES: Final = os.path.join(os.path.dirname(KEEPER), "../../.cache/libvirt-capabilities")
 # What QEMU runs as in the distributions' builds.
 QEMU_USERS: Final = (("libvirt-qemu", "libvirt-qemu"), ("qemu", "qemu"))
 
@@ -52,6 +54,7 @@ class Daemon:
         libvirtd = shutil.which("libvirtd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
         if not libvirtd:
             raise Unavailable("libvirtd is not installed")
+        libvirt.registerErrorHandler(lambda *_: None, None)  # they are raised; not printed as well
         self.qemu_ids = qemu_ids()
         self.privileged = os.geteuid() == 0
         self.root = tempfile.mkdtemp(prefix="cbt-", dir="/tmp")
@@ -82,11 +85,15 @@ class Daemon:
         mode = "system" if self.privileged else "session"
         self.uri = f"qemu:///{mode}?socket={self.socket}"
         # No virtlogd to look after; no AppArmor profile that does not know our paths; no cgroups of the host.
+        cache = state + "/var/cache/libvirt/qemu" if self.privileged else os.path.join(self.root, "xdg/cache/libvirt/qemu")
+        self._capabilities = os.path.join(cache, "capabilities")
+        if os.path.isdir(CAPABILITIES):
+            shutil.copytree(CAPABILITIES, self._capabilities)
         with open(os.path.join(etc, "qemu.conf"), "w", encoding="utf-8") as conf:
             conf.write('stdio_handler = "file"\nsecurity_driver = "none"\ncgroup_controllers = []\n')
         conf_path = os.path.join(self.root, "libvirtd.conf")
         with open(conf_path, "w", encoding="utf-8") as conf:
-            conf.write(f'log_outputs = "2:file:{self.log}"\nlog_level = 2\nauth_unix_rw = "none"\n')
+            conf.write(f'log_outputs = "3:file:{self.log}"\nlog_level = 3\nauth_unix_rw = "none"\n')
             if self.privileged:
                 conf.write(f'unix_sock_dir = "{sockets}"\nunix_sock_rw_perms = "0700"\n')
         return conf_path
@@ -104,7 +111,7 @@ class Daemon:
         self.close()
 
     def _start_keeper(self) -> None:
-        argv = [sys.executable, "-I", KEEPER, os.path.join(self.root, "state"), "own" if self.privileged else "none"]
+        argv = [sys.executable, "-I", KEEPER, self.root, "own" if self.privileged else "none"]
         if self.privileged:
             argv = ["unshare", "--mount", "--propagation", "private", "--", *argv]
         self._keeper = subprocess.Popen(
@@ -177,6 +184,7 @@ class Daemon:
     def close(self) -> None:
         """Ends all that was started here and removes the folder; may be called again."""
         self._disconnect()
+        self._keep_capabilities()
         if self._keeper:
             assert self._keeper.stdin
             self._keeper.stdin.close()
@@ -186,6 +194,18 @@ class Daemon:
                 stream.close()
             self._keeper = None
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _keep_capabilities(self) -> None:
+        if not os.path.isdir(self._capabilities):
+            return
+        try:
+            os.makedirs(CAPABILITIES, exist_ok=True)
+            for name in os.listdir(self._capabilities):
+                kept = os.path.join(CAPABILITIES, name)
+                shutil.copyfile(os.path.join(self._capabilities, name), f"{kept}.{os.getpid()}")
+                os.replace(f"{kept}.{os.getpid()}", kept)
+        except OSError:
+            pass  # a checkout that is not ours to write to: the next run is slower
 
     @property
     def connection(self) -> Any:
@@ -209,10 +229,23 @@ class Daemon:
         assert self._keeper
         return f"/proc/{self._keeper.pid}/root{path}"
 
-    def qemu_pid(self, name: str) -> int:
-        """The pid of a running guest's QEMU."""
-        with open(self.inside(f"/run/libvirt/qemu{'' if self.privileged else '/run'}/{name}.pid"), encoding="ascii") as f:
-            return int(f.read())
+    def qemu_pid(self, uuid: str) -> int:
+        """The pid of a running guest's QEMU; by UUID, as a name may be anything."""
+        assert self._keeper
+        keeper = self._keeper.pid
+        with open(f"/proc/{keeper}/task/{keeper}/children", encoding="ascii") as listed:
+            children = listed.read().split()
+        for pid in children:
+            with open(f"/proc/{pid}/cmdline", "rb") as arguments:
+                words = arguments.read().split(b"\0")
+            if b"-uuid" in words and words[words.index(b"-uuid") + 1] == uuid.encode():
+                return int(pid)
+        raise LookupError(f"no QEMU runs the domain {uuid}")
+
+    def qemu_log(self, name: str) -> str:
+        """The path of a guest's log, to which its QEMU prints."""
+        folder = "state/var/log/libvirt/qemu" if self.privileged else "xdg/cache/libvirt/qemu/log"
+        return os.path.join(self.root, folder, f"{name}.log")
 
     def log_tail(self, lines: int = 40) -> str:
         """The end of libvirtd's log, for a failed test's report."""
@@ -224,8 +257,3 @@ class Daemon:
             except OSError:
                 continue
         return "\n".join(found)
-
-
-def quiet_errors() -> None:
-    """Errors of libvirt are raised; without this they are printed to stderr as well."""
-    libvirt.registerErrorHandler(lambda *_: None, None)

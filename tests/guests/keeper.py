@@ -2,7 +2,7 @@
 
 It is the sub-reaper of all that comes from libvirtd, so ended QEMUs vanish at once (where PID 1 does not reap, libvirt
 waits 40 s for each) and none can escape: when its standard input ends, because the tests are done or were killed
-however hard, it kills its descendants one by one by pid and leaves.
+however hard, it kills its descendants one by one by pid, removes their folder and leaves.
 
 As root it is run by `unshare --mount`, so the mounts below are seen by it and its children only.
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +116,8 @@ class Keeper:
 
 
 def main() -> None:
-    state, mounts, *argv = sys.argv[1:]
+    root, mounts, *argv = sys.argv[1:]
+    state = os.path.join(root, "state")
     # In case somebody else holds the other end of our standard input: the next read is interrupted by this.
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -133,6 +136,7 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         keeper.end_everything()
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def serve(keeper: Keeper) -> None:
@@ -141,8 +145,6 @@ def serve(keeper: Keeper) -> None:
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    import select
-
     pending = b""
     while True:
         ready, _, _ = select.select([0, read], [], [])

@@ -1,0 +1,97 @@
+"""`libvirt-cbt backup`"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any, List, Tuple
+
+import click
+
+import libvirt_cbt
+from libvirt_cbt import errors
+from libvirt_cbt.cli import output
+
+if TYPE_CHECKING:
+    from libvirt_cbt.actions import results
+
+EXAMPLES = """\b
+Examples:
+  libvirt-cbt -r /backups backup web1
+  libvirt-cbt -r /backups backup --all --quiesce agent
+  libvirt-cbt -r /backups backup web1 --exclude vdb --dry-run
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("domains", metavar="[DOMAIN]...", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="Every running domain.")
+@click.option("--full", is_flag=True, help="Copy everything; tracking goes on.")
+@click.option("--disk", "disks", metavar="T", multiple=True, help="Only this disk (target, such as vda); repeatable.")
+@click.option("--exclude", metavar="T", multiple=True, help="Not this disk; repeatable.")
+@click.option(
+    "--quiesce",
+    type=click.Choice(["auto", "agent", "none"]),
+    default="auto",
+    show_default=True,
+    help="Freeze the guest by its agent: if it can be, or fail (17), or not at all.",
+)
+@click.option("--scratch-dir", metavar="D", help="Where QEMU keeps what the guest overwrites during the copy.")
+@click.option("--compress", type=click.Choice(["zstd", "none"]), default="zstd", show_default=True)
+@click.option("--strict", is_flag=True, help="Exit 3 when there were warnings.")
+@click.option("--wait", metavar="SECONDS", type=click.FloatRange(0), default=0.0, help="For another job to end.")
+@click.option("--dry-run", is_flag=True, help="Estimate, change nothing.")
+@click.pass_obj
+def command(settings: output.Settings, /, domains: Tuple[str, ...], every: bool, strict: bool, **options: Any) -> None:
+    """Back up running domains: each disk by its changed blocks, or in full with the reason."""
+    if bool(domains) == every:
+        raise click.UsageError("name the domains, or give --all")
+    warned: List[bool] = []
+
+    def show(made: results.Backup) -> None:
+        warned.append(bool(made.warnings))
+        if not settings.json:
+            _show(made)
+
+    jobs = [partial(_one, domain, options) for domain in domains]
+    if every:
+        jobs = [partial(_one, domain, options) for domain in _running(settings)]
+    output.run(settings, jobs, show, always=True)
+    if strict and any(warned):
+        raise SystemExit(3)
+
+
+def _one(domain: str, options: Any, session: Any) -> results.Backup:
+    return libvirt_cbt.backup(session, domain, **options)
+
+
+def _running(settings: output.Settings) -> List[str]:
+    from libvirt_cbt.actions import running
+
+    try:
+        with libvirt_cbt.Session(settings.uri, settings.repository) as session:
+            return running.running(session)
+    except errors.CbtError as e:
+        output.fail(settings, e)
+
+
+def _show(made: results.Backup) -> None:
+    what = "would back up" if made.dry_run else "backed up"
+    how = {"frozen": f"frozen {made.quiesce.frozen_ms} ms", "failed": "not consistent"}.get(made.quiesce.result, "")
+    print(
+        f"{what} {made.domain}: generation {made.generation}" + (f", backup {made.backup}" if made.backup else ""),
+        end="",
+    )
+    print(f", {made.seconds} s" + (f", {how}" if how else "") if not made.dry_run else "")
+    rows = [
+        (d.target, d.mode, output.size(d.capacity), output.size(d.dirty_bytes), output.size(d.data_bytes),
+         output.size(d.zero_bytes), output.size(d.stored_bytes), d.reason or "")
+        for d in made.disks
+    ]  # fmt: skip
+    output.table(
+        ("disk", "mode", "capacity", "changed", "data", "zero", "stored", "reason"), rows, right=(2, 3, 4, 5, 6)
+    )
+    for left_out in made.unprotected:
+        print(f"not protected: {left_out.target}: {left_out.reason}")
+    for warning in made.warnings:
+        print(f"libvirt-cbt: warning: {warning}", file=sys.stderr)

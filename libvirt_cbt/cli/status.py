@@ -1,0 +1,37 @@
+"""`libvirt-cbt status`"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Optional
+
+import click
+
+import libvirt_cbt
+from libvirt_cbt.cli import output
+
+if TYPE_CHECKING:
+    from libvirt_cbt.actions import results
+
+
+@click.command(epilog="\b\nExamples:\n  libvirt-cbt status\n  libvirt-cbt -r /backups status web1")
+@click.argument("domain", required=False)
+@click.pass_obj
+def command(settings: output.Settings, domain: Optional[str]) -> None:
+    """Whether domains are tracked, what has changed since, and how old the newest backup is."""
+    output.run(settings, [lambda s: libvirt_cbt.status(s, domain)], _show)
+
+
+def _show(found: results.Status) -> None:
+    newest = f"generation {found.generation}, {found.age_seconds:.0f} s old" if found.generation else "never backed up"
+    print(f"{found.domain}: {found.state}, {newest}")
+    rows = [
+        (
+            f"  {d.target}",
+            "tracked" if d.tracked else "not tracked",
+            output.size(d.dirty_bytes),
+            str(d.chain),
+            d.reason or "",
+        )
+        for d in found.disks
+    ]
+    output.table(("  disk", "", "changed", "layers", "reason"), rows, right=(2, 3))
