@@ -112,18 +112,19 @@ def _take(
     run = _planned(session, kept, dom, request, options)
     sizes = {p.target: p.disk.capacity for p in run.plans}
     started = _now()
-    with staging.begun(kept, run.intent) as stage, _undone_on_error(run, stage):
-        with scratch.made(run.places, sizes, dom.qemu_ids):
+    # Left in this order, inside out: the job ends and the checkpoint goes before the scratch files it writes to.
+    with staging.begun(kept, run.intent) as stage, scratch.made(run.places, sizes, dom.qemu_ids):
+        with _undone_on_error(run, stage):
             stage.advance("freezing")
             _, quiesced = quiesce.Quiesce(run.host, dom, request.quiesce).around(lambda: _begin(run))
             frozen_at = _now()
             stage.advance("running")
             pulled = _copied(session, kept, run, stage)
             job.end(run.host, dom.uuid, run.places.socket)
-        warnings = _warnings(run, quiesced)
-        made = _manifest(kept, run, stage, pulled, quiesced, (started, frozen_at), warnings)
-        session.watch.stop()
-        stage.publish(*made)
+            warnings = _warnings(run, quiesced)
+            made = _manifest(kept, run, stage, pulled, quiesced, (started, frozen_at), warnings)
+            session.watch.stop()
+            stage.publish(*made)
     return _result(made[0], round(time.monotonic() - begun, 3))
 
 

@@ -58,18 +58,24 @@ def made(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, 
     QEMU's group may enter and make its socket, nobody else: 0730.  Errors: ScratchDenied, ScratchSpace.
     """
     try:
+        _make(where, sizes, qemu_ids)
+        yield
+    finally:
+        remove(where)
+
+
+def _make(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, int]]) -> None:
+    directory = os.path.dirname(where.directory)
+    try:
         _make_directories(where, qemu_ids)
         free = room(where.directory)
         if free < ROOM_FLOOR:
-            raise errors.ScratchSpace(directory=os.path.dirname(where.directory), free=free, needed=ROOM_FLOOR)
+            raise errors.ScratchSpace(directory=directory, free=free, needed=ROOM_FLOOR)
         for target, path in where.scratch.items():
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             tools.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(sizes[target])])
-        yield
     except OSError as e:
-        raise errors.ScratchDenied(directory=os.path.dirname(where.directory), reason=e.strerror or str(e)) from None
-    finally:
-        remove(where)
+        raise errors.ScratchDenied(directory=directory, reason=e.strerror or str(e)) from None
 
 
 def _make_directories(where: Places, qemu_ids: Optional[Tuple[int, int]]) -> None:

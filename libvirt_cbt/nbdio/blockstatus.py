@@ -100,7 +100,8 @@ def _cells(start: U64, end: U64, grain: int) -> U64:
     step = np.uint64(grain)
     low, high = start // step * step, (end + step - np.uint64(1)) // step * step
     apart = low[1:] > high[:-1]
-    return np.stack((low[np.append(True, apart)], high[np.append(apart, True)]), axis=1).ravel()
+    edges: U64 = np.stack((low[np.append(True, apart)], high[np.append(apart, True)]), axis=1).ravel()
+    return edges
 
 
 def _within(edges: U64, at: U64) -> Flags:

@@ -106,10 +106,16 @@ class _Check(lanes.Lane):
                 self._sink.flush(self._written)
 
     def _submit(self, read: Read) -> None:
+        source = self._sources[read.layer]
+        if read.length > lanes.LONGEST_RUN or read.offset + read.length > source.size:
+            self._damaged(read, "the layer is shorter than its contents say")
+            return
         self.busy += 1
         buffer = self.take(read.length)
 
         def arrived(error: int) -> None:
+            if error in lanes.GONE:
+                raise client.Lost(source, os.strerror(error))
             self.busy -= 1
             if error:
                 self._damaged(read, os.strerror(error))
@@ -120,11 +126,6 @@ class _Check(lanes.Lane):
             self.bytes += read.length
             self._progress(self.target, self.bytes)
 
-        source = self._sources[read.layer]
-        if read.offset + read.length > source.size:
-            self.busy -= 1
-            self._damaged(read, "the layer is shorter than its contents")
-            return
         source.read(buffer, read.offset, arrived)
 
     def _write(self, read: Read, buffer: bytearray) -> None:
@@ -138,9 +139,18 @@ class _Check(lanes.Lane):
                 self._write_file(piece, offset)
             self.give(buffer)
             return
+        left = len(pieces)
+
+        def written(error: int) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self.give(buffer)
+            self._written(error)
+
         for piece, offset in pieces:
             self.busy += 1
-            self._sink.write(piece, offset, self._written)  # the buffer is not reused: it is still on its way
+            self._sink.write(piece, offset, written)
 
     def _write_file(self, piece: Any, offset: int) -> None:
         assert self._output is not None and self._output.fd is not None

@@ -14,7 +14,7 @@ import os
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Callable, Deque, Dict, Final, List, Optional, Sequence
+from typing import Callable, Deque, Dict, Final, List, Optional, Sequence
 
 import numpy as np
 
@@ -288,6 +288,6 @@ class _Disk(lanes.Lane):
             raise lanes.write_failed(self.pull.sink.path if self.pull.sink else "", error)
 
     def _unreadable(self, offset: int, length: int, error: int) -> errors.CbtError:
-        if error in (107, 108, 32, 104):  # ENOTCONN, ESHUTDOWN, EPIPE, ECONNRESET: the server went, not the sector
+        if error in lanes.GONE:
             return errors.SourceLost(target=self.target, reason=os.strerror(error))
         return errors.SourceUnreadable(target=self.target, offset=offset, length=length, reason=os.strerror(error))

@@ -19,6 +19,8 @@ from libvirt_cbt.nbdio import client
 
 ZERO_PIECE: Final = 1 << 30  # NBD lengths have 32 bits
 POOL: Final = 64
+LONGEST_RUN: Final = 1 << 20  # of data, with one digest
+GONE: Final = (errno.ENOTCONN, errno.ESHUTDOWN, errno.EPIPE, errno.ECONNRESET)  # the server went, not the sector
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Options:
     stall_seconds: float = 300.0
 
     def __post_init__(self) -> None:
-        if not extents.GRAIN <= self.request_size <= 1 << 20 or self.request_size % extents.GRAIN:
+        if not extents.GRAIN <= self.request_size <= LONGEST_RUN or self.request_size % extents.GRAIN:
             raise errors.Usage(reason="--request-size is a multiple of 64 KiB, at most 1 MiB")
         if not 1 <= self.requests <= 256 or not 1 <= self.connections <= 16:
             raise errors.Usage(reason="--requests is 1 to 256 and --connections 1 to 16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Optional
 
-from libvirt_cbt import extents, tools
+from libvirt_cbt import errors, extents, tools
 
 
 def rounded(size: int) -> int:
@@ -38,6 +38,22 @@ def finish_layer(path: str, size: int) -> None:
 def create_image(path: str, size: int) -> None:
     """An empty qcow2 image without a backing file."""
     tools.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", path, str(size)])
+
+
+def refuse_external_data(path: str) -> None:
+    """Refuses a layer whose header sends its data to another file (a repository is not trusted: it could name any).
+
+    Errors: Damaged.  https://www.qemu.org/docs/master/interop/qcow2.html, incompatible features bit 2.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(80)
+    except OSError as e:
+        raise errors.Damaged(path=path, reason=e.strerror) from None
+    if header[:4] != b"QFI\xfb" or len(header) < 80:
+        raise errors.Damaged(path=path, reason="it is no qcow2 image")
+    if int.from_bytes(header[72:80], "big") & 4:
+        raise errors.Damaged(path=path, reason="it refers to an external data file, which no layer of ours does")
 
 
 def granularity(path: str) -> Optional[int]:

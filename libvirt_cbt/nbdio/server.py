@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Dict, Final, Iterator, List, Sequence
 
 from libvirt_cbt import errors, names, tools
+from libvirt_cbt.nbdio import qcow2
 
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 60.0
+GREETING: Final = b"NBDMAGIC"  # the first bytes of every NBD server
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ def sink(layer: str, run_dir: str, *, compress: bool) -> Iterator[Endpoint]:
 
     https://www.qemu.org/docs/master/tools/qemu-nbd.html
     """
+    qcow2.refuse_external_data(layer)
     name = os.path.basename(layer)
     node = _alone(layer)
     opened = {"driver": "compress", "file": node} if compress else node
@@ -58,9 +61,10 @@ def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
     https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
     """
     where = os.path.join(run_dir, "layers.sock")
-    argv = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={where}"]
+    argv = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={where.replace(',', ',,')}"]
     endpoints: List[Endpoint] = []
     for number, path in enumerate(paths):
+        qcow2.refuse_external_data(path)
         node = {**_alone(path), "node-name": f"n{number}", "read-only": True}
         argv += ["--blockdev", json.dumps(node)]
         argv += ["--export", f"type=nbd,id=e{number},node-name=n{number},name=layer{number}"]
@@ -123,18 +127,20 @@ def _running(argv: List[str], path: str) -> Iterator[None]:
 
 def _wait_started(process: subprocess.Popen[bytes], tool: str, path: str, complaints: Any) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while True:
-        if process.poll() is not None:
-            raise _failed(tool, process, complaints)
+    while time.monotonic() < deadline:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(0.5)
             try:
                 probe.connect(path)
+                # A socket listens before the images are open; the greeting comes when all is.
+                if probe.recv(len(GREETING)) == GREETING:
+                    return
             except OSError:
-                if time.monotonic() > deadline:
-                    raise errors.ToolFailed(tool=tool, reason=f"no answer after {START_SECONDS:.0f} s") from None
-            else:
-                return
+                pass  # not there yet, or slow
+        if process.poll() is not None:
+            raise _failed(tool, process, complaints)
         time.sleep(0.005)
+    raise errors.ToolFailed(tool=tool, reason=f"no answer after {START_SECONDS:.0f} s")
 
 
 def _failed(tool: str, process: subprocess.Popen[bytes], complaints: Any) -> errors.ToolFailed:
@@ -146,9 +152,16 @@ def _failed(tool: str, process: subprocess.Popen[bytes], complaints: Any) -> err
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    """Ends a server in order; one that does not end is killed."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+            return
+        # Again and again: qemu-nbd ignores a SIGTERM that comes between its listen() and its main loop.
+        process.terminate()
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue

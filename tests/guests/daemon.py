@@ -85,12 +85,14 @@ class Daemon:
         mode = "system" if self.privileged else "session"
         self.uri = f"qemu:///{mode}?socket={self.socket}"
         # No virtlogd to look after; no AppArmor profile that does not know our paths; no cgroups of the host.
-        cache = state + "/var/cache/libvirt/qemu" if self.privileged else os.path.join(self.root, "xdg/cache/libvirt/qemu")
+        cache = (
+            state + "/var/cache/libvirt/qemu" if self.privileged else os.path.join(self.root, "xdg/cache/libvirt/qemu")
+        )
         self._capabilities = os.path.join(cache, "capabilities")
         if os.path.isdir(CAPABILITIES):
             shutil.copytree(CAPABILITIES, self._capabilities)
         with open(os.path.join(etc, "qemu.conf"), "w", encoding="utf-8") as conf:
-            conf.write('stdio_handler = "file"\nsecurity_driver = "none"\ncgroup_controllers = []\n')
+            conf.write('stdio_handler = "file"\nsecurity_driver = "none"\nnamespaces = []\ncgroup_controllers = []\n')
         conf_path = os.path.join(self.root, "libvirtd.conf")
         with open(conf_path, "w", encoding="utf-8") as conf:
             conf.write(f'log_outputs = "3:file:{self.log}"\nlog_level = 3\nauth_unix_rw = "none"\n')
@@ -98,7 +100,7 @@ class Daemon:
                 conf.write(f'unix_sock_dir = "{sockets}"\nunix_sock_rw_perms = "0700"\n')
         return conf_path
 
-    def __enter__(self) -> "Daemon":
+    def __enter__(self) -> Daemon:
         try:
             self._start_keeper()
             self.start()

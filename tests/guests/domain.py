@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import time
+import uuid
 from typing import Any, Dict, List, Optional
 
 import libvirt
@@ -27,6 +28,7 @@ class Guest:
     def __init__(self, host: daemon.Daemon, name: str) -> None:
         self.host = host
         self.name = name
+        self.uuid = str(uuid.uuid4())
         # By number, not by name: names may be anything.
         self.folder = tempfile.mkdtemp(prefix="guest-", dir=host.images)
         os.chown(self.folder, -1, host.qemu_ids[1])
@@ -45,10 +47,6 @@ class Guest:
     def domain(self) -> Any:
         """libvirt's domain object."""
         return self.host.domain(self.name)
-
-    @property
-    def uuid(self) -> str:
-        return str(self.domain.UUIDString())
 
     @property
     def running(self) -> bool:
@@ -121,11 +119,12 @@ def disk_xml(target: str, path: str, fmt: str, **driver: str) -> etree._Element:
 
 
 def domain_xml(
-    name: str, memory_mib: int, disks: List[etree._Element], boot: Optional[Dict[str, str]] = None
+    guest: Guest, memory_mib: int, disks: List[etree._Element], boot: Optional[Dict[str, str]] = None
 ) -> etree._Element:
     """An emulated PC with these disks and nothing else; `boot`: kernel, initrd, cmdline."""
     root = etree.Element("domain", type="qemu")
-    etree.SubElement(root, "name").text = name
+    etree.SubElement(root, "name").text = guest.name
+    etree.SubElement(root, "uuid").text = guest.uuid
     etree.SubElement(root, "memory", unit="MiB").text = str(memory_mib)
     etree.SubElement(root, "vcpu").text = "1"
     system = etree.SubElement(root, "os")

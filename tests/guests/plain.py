@@ -16,6 +16,7 @@ from tests.guests import daemon, domain
 
 MIB: Final = 1024 * 1024
 SECTOR: Final = 512
+UNITS: Final = {"k": 1024, "K": 1024, "M": MIB}  # of qemu-img's options
 
 
 class WriteFailed(Exception):
@@ -44,7 +45,8 @@ class Disk:
         for option in self.options:
             key, _, value = option.partition("=")
             if key == "cluster_size":
-                return int(value)
+                number, unit = (value[:-1], value[-1]) if value[-1] in UNITS else (value, "")
+                return int(number) * UNITS.get(unit, 1)
         return 65536
 
     def create(self) -> None:
@@ -83,7 +85,7 @@ class PlainGuest(domain.Guest):
         self.disks[disk.target] = disk
 
     def xml(self) -> str:
-        tree = domain.domain_xml(self.name, 32, [disk.xml() for disk in self.disks.values()])
+        tree = domain.domain_xml(self, 32, [disk.xml() for disk in self.disks.values()])
         return etree.tostring(tree, encoding="unicode")
 
     # The guest's writes.  Offsets and lengths in bytes, multiples of 512.

@@ -1,0 +1,156 @@
+"""Servers end exactly once, with the reason they gave when it was not us."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import List
+
+import pytest
+
+from libvirt_cbt import errors
+from libvirt_cbt.nbdio import qcow2, server
+from tests.nbd.conftest import MIB, run
+
+
+def children() -> List[int]:
+    """Process ids of our own children."""
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def layer(folder: str, name: str = "vda.qcow2") -> str:
+    path = os.path.join(folder, name)
+    qcow2.create_layer(path, MIB + 512, backing=None, compress=True)
+    return path
+
+
+def test_a_server_ends_with_its_context(folder: str) -> None:
+    path, before = layer(folder), children()
+    with server.sink(path, folder, compress=True) as endpoint:
+        assert len(children()) == len(before) + 1
+        assert os.path.exists(endpoint.socket)
+    assert children() == before
+    assert not os.path.exists(endpoint.socket)
+
+
+def test_a_server_ends_when_its_context_fails(folder: str) -> None:
+    path, before = layer(folder), children()
+    with pytest.raises(ZeroDivisionError):
+        with server.layers([path], folder):
+            raise ZeroDivisionError
+    assert children() == before
+
+
+def test_a_server_that_dies_is_reported(folder: str) -> None:
+    path, before = layer(folder), children()
+    served = server.sink(path, folder, compress=True)
+    served.__enter__()
+    [pid] = set(children()) - set(before)
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(errors.ToolFailed, match="qemu-nbd"):
+        served.__exit__(None, None, None)
+
+
+def test_a_server_that_cannot_start_says_why(folder: str) -> None:
+    good, bad = layer(folder), layer(folder, "vdb.qcow2")
+    with open(bad, "r+b") as file:  # the header's cluster size
+        file.seek(20)
+        file.write(b"\xff\xff\xff\xff")
+    with pytest.raises(errors.ToolFailed, match=r"[Cc]luster size"):
+        with server.layers([good, bad], folder):
+            pass
+
+
+def test_an_export_of_many_layers_is_there_when_the_context_begins(folder: str) -> None:
+    """The socket listens before the last image is open."""
+    paths = [layer(folder, f"vd{n}.qcow2") for n in range(30)]
+    for _ in range(5):
+        with server.layers(paths, folder) as endpoints:
+            assert len(endpoints) == 30
+            run("nbdinfo", "--size", f"nbd+unix:///layer29?socket={endpoints[-1].socket}")
+
+
+def test_a_missing_layer(folder: str) -> None:
+    with pytest.raises(errors.Damaged, match="No such file"):
+        with server.layers([f"{folder}/gone.qcow2"], folder):
+            pass
+
+
+def test_a_layer_that_points_elsewhere_is_refused(folder: str) -> None:
+    """A repository may be hostile: an external data file would hand out any file of the host."""
+    secret = os.path.join(folder, "secret")
+    Path(secret).write_bytes(b"s" * MIB)
+    path = os.path.join(folder, "vda.qcow2")
+    options = f"data_file={secret}.copy,data_file_raw=on"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, str(MIB))
+    for opened in (server.layers([path], folder), server.sink(path, folder, compress=False)):
+        with pytest.raises(errors.Damaged, match="external data file"):
+            with opened:
+                pass
+
+
+def test_a_backing_file_is_not_opened(folder: str) -> None:
+    parent, path = layer(folder, "parent.qcow2"), os.path.join(folder, "vda.qcow2")
+    qcow2.create_layer(path, MIB + 512, backing="parent.qcow2", compress=True)
+    os.unlink(parent)
+    with server.layers([path], folder), server.sink(layer(folder, "vdb.qcow2"), folder, compress=True):
+        pass
+
+
+def test_a_socket_path_that_is_too_long(folder: str) -> None:
+    deep = os.path.join(folder, "d" * 100)
+    os.mkdir(deep)
+    with pytest.raises(errors.HypervisorError, match="too long"):
+        with server.sink(layer(folder), deep, compress=True):
+            pass
+
+
+def test_odd_names(folder: str) -> None:
+    """A comma ends an option of QEMU's, a colon makes a protocol, a quote ends JSON."""
+    odd = os.path.join(folder, "a,b=c:d\"e 'f")
+    os.mkdir(odd)
+    path = layer(odd, "sda:1,x.qcow2")
+    with server.layers([path], odd):
+        pass
+    with server.sink(path, odd, compress=True), server.image(layer(odd, "i,m.qcow2"), "qcow2", odd):
+        pass
+
+
+def test_a_killed_tool_leaves_no_server(folder: str) -> None:
+    """SIGKILL runs no `finally`: the kernel ends the server."""
+    path = layer(folder)
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from libvirt_cbt.nbdio import server\n"
+        f"with server.sink({path!r}, {folder!r}, compress=True):\n"
+        "    print(Path(f'/proc/self/task/{__import__(\"os\").getpid()}/children').read_text(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    tool = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert tool.stdout is not None
+    pid = int(tool.stdout.readline())
+    tool.kill()
+    tool.wait()
+    tool.stdout.close()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{pid}") and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("size", [MIB, MIB + 512, 512])
+def test_a_layer_gets_its_exact_size(folder: str, size: int) -> None:
+    path = os.path.join(folder, "vda.qcow2")
+    qcow2.create_layer(path, size, backing=None, compress=True)
+    assert json.loads(run("qemu-img", "info", "--output=json", "-f", "qcow2", path))["virtual-size"] % 65536 == 0
+    qcow2.finish_layer(path, size)
+    info = json.loads(run("qemu-img", "info", "--output=json", "-f", "qcow2", path))
+    assert info["virtual-size"] == size
+    assert info["format-specific"]["data"]["compression-type"] == "zstd"
