@@ -70,10 +70,15 @@ class Connection:
             # libnbd would let only pread_structured, and its callback for every chunk, ask for that.
             self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
             self.contexts = frozenset(c for c in contexts if self._handle.can_meta_context(c))
-        except nbd.Error as e:
-            raise errors.NbdError(export=endpoint.export, reason=_sentence(e)) from None
-        except Lost as e:
-            raise errors.NbdError(export=endpoint.export, reason=str(e)) from None
+        except BaseException as e:
+            # Dropped here, not when the error has been handled: its traceback holds this frame, and a socket that is
+            # still open keeps QEMU from ending the job.
+            self.drop()
+            if isinstance(e, nbd.Error):
+                raise errors.NbdError(export=endpoint.export, reason=_sentence(e)) from None
+            if isinstance(e, Lost):
+                raise errors.NbdError(export=endpoint.export, reason=str(e)) from None
+            raise
 
     def read(self, buffer: Any, offset: int, done: Finished) -> None:
         self._submit(self._handle.aio_pread, (nbd.Buffer.from_buffer(buffer), offset), done, self._read_flags)

@@ -20,7 +20,7 @@ def test_a_frozen_backup_passes_e2fsck_and_boots_to_an_answering_agent(
     assert made["quiesce"]["result"] == "frozen"
     assert made["quiesce"]["frozen_ms"] < 8000
     assert not guest.frozen()
-    data = os.urandom(300_000)
+    data = os.urandom(20_000)
     guest.write_file("/disks/vda/new", data)
     made = tool.run("backup", guest.name).result
     assert (made["disks"][0]["mode"], made["quiesce"]["result"], made["warnings"]) == ("incremental", "frozen", [])

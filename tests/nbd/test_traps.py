@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from libvirt_cbt import extents
 from libvirt_cbt.nbdio import lanes
-from tests.nbd.conftest import MIB, Chain, Disk, runs
+from tests.nbd.conftest import MIB, Chain, Disk, assert_same, run, runs
 
 KIB = 1024
 
@@ -80,6 +82,18 @@ def test_tail(folder: str, odd: int, compress: bool) -> None:
             chain.backup(source, disk.model, disk.bitmap if change else None)
         disk.next_bitmap()
     chain.prove()
+
+
+def test_the_padding_behind_the_end_is_zero(folder: str) -> None:
+    """A layer that grows with its disk must not show what the buffer held before."""
+    disk = Disk(folder, 3 * 64 * KIB + 512)
+    disk.write(("write", 0, disk.size, 0x34))
+    chain = Chain(folder, lanes.Options(request_size=64 * KIB, requests=1))
+    with disk.export() as source:
+        layer = chain.backup(source, disk.model, None)
+    run("qemu-img", "resize", "-q", "-f", "qcow2", layer.path, str(4 * 64 * KIB))
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", layer.path, f"{folder}/grown")
+    assert_same(Path(f"{folder}/grown").read_bytes(), disk.model + bytes(64 * KIB - 512), "the grown layer")
 
 
 def test_full_of_an_empty_disk_stores_nothing(folder: str) -> None:
