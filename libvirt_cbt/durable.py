@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from contextlib import contextmanager
-from typing import Final, Iterator
+from typing import Callable, Final, Iterator
 
 from libvirt_cbt import errors
 
@@ -33,6 +33,16 @@ def explained(repository: str, path: str) -> Iterator[None]:
         if e.errno in _DENIED:
             raise errors.RepositoryDenied(repository=repository, reason=f"{path}: {reason}") from None
         raise errors.RepositoryError(reason=f"repository {repository}: {path}: {reason}") from None
+
+
+@contextmanager
+def readable(repository: str, path: str) -> Iterator[None]:
+    """A published file that is missing is damage, not a failed call."""
+    with explained(repository, path):
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise errors.Damaged(path=path, reason=e.strerror) from None
 
 
 def make_directory(path: str) -> None:
@@ -102,11 +112,15 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def publish(source: str, destination: str) -> None:
-    """Renames a directory to a name that does not exist, durably in both parents: the commit point of a backup."""
+def publish(source: str, destination: str, *, done: Callable[[], None] = lambda: None) -> None:
+    """Renames a directory to a name that does not exist, durably in both parents: the commit point of a backup.
+
+    `done` is called once the new name is seen, before the fsyncs: should these fail, it is published all the same.
+    """
     if os.path.lexists(destination):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), destination)
     os.rename(source, destination)
+    done()
     sync_directory(os.path.dirname(destination))
     sync_directory(os.path.dirname(source))
 
@@ -123,9 +137,30 @@ def read(path: str, limit: int) -> bytes:
     return data
 
 
-def remove_directory(path: str) -> None:
-    """Removes a flat directory of ours with the files in it; links are removed, not followed."""
-    for entry in list(os.scandir(path)):
+def require_directory(path: str) -> None:
+    """A directory itself, not a link to one.  Errors: Damaged; FileNotFoundError when there is none."""
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        raise errors.Damaged(path=path, reason="it is not a directory but a link or a file")
+
+
+def require_regular(path: str) -> None:
+    """A layer goes to qemu by its path: a link would lead it elsewhere.  Whether it is there, its user will see."""
+    try:
+        regular = stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if not regular:
+        raise errors.Damaged(path=path, reason="it is not a regular file")
+
+
+def remove_directory(path: str, last: str = "") -> None:
+    """Removes a flat directory of ours with the files in it; links are removed, not followed.
+
+    The file `last` goes after all others: a crash half-way leaves a directory that still says what it was.
+    """
+    with os.scandir(path) as entries:
+        files = sorted(entries, key=lambda entry: entry.name == last)
+    for entry in files:
         os.unlink(entry.path)
     os.rmdir(path)
     sync_directory(os.path.dirname(path))

@@ -69,8 +69,11 @@ def check(extents: Extents, capacity: int) -> str:
 
 def clip(extents: Extents, low: int, high: int) -> Extents:
     """The part of ordered extents inside [low, high)."""
-    first = int(np.searchsorted(ends(extents), low, side="right"))
-    last = int(np.searchsorted(extents["offset"], high, side="left"))
+    if low >= high:
+        return extents[:0].copy()
+    # As uint64: a Python int makes searchsorted compare as float64, which is slower and wrong beyond 2**53.
+    first = int(np.searchsorted(ends(extents), np.uint64(low), side="right"))
+    last = int(np.searchsorted(extents["offset"], np.uint64(high), side="left"))
     part = extents[first:last].copy()
     if len(part):
         stop = np.minimum(ends(part), high)
@@ -108,9 +111,10 @@ def round_outward(extents: Extents, grain: int, capacity: int) -> Extents:
 class Cells:
     """A window of a disk as one byte per cell of `grain` bytes: the cheap way to unite many lists of extents."""
 
-    def __init__(self, low: int, high: int, grain: int) -> None:
+    def __init__(self, low: int, high: int, grain: int, start: int = 0) -> None:
         if low % grain:
             raise ValueError("a window begins on a grain")
+        self.start = max(low, start)  # where the window really begins, inside the first cell
         self.low, self.high, self.grain = low, high, grain
         self.values: npt.NDArray[np.int32] = np.zeros(-(-(high - low) // grain), np.int32)
 
@@ -125,12 +129,32 @@ class Cells:
         if not len(extents):
             return
         first, last = self.spans(extents)
+        self._fill(first, last, value)
+
+    def _fill(self, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64], value: Any) -> None:
+        if not len(first):
+            return
         counts = last - first
         if (counts == 1).all():
             self.values[first] = value
             return
         where = np.repeat(first - np.append(0, np.cumsum(counts)[:-1]), counts) + np.arange(int(counts.sum()))
         self.values[where] = np.repeat(value, counts) if np.ndim(value) else value
+
+    def paint_over(self, extents: Extents) -> None:
+        """Paints the states of a newer list; a zero that covers a cell in part does not hide older data in it."""
+        zero = extents[extents["state"] == ZERO]
+        if len(zero):
+            first, last = self.spans(zero)
+            # An extent that was cut by the window, or ends with the disk, covers its last cell as far as there is one.
+            low, high = zero["offset"].astype(np.int64), ends(zero).astype(np.int64)
+            inner_first = np.where(low > np.maximum(self.low + first * self.grain, self.start), first + 1, first)
+            inner_last = np.where(high < np.minimum(self.low + last * self.grain, self.high), last - 1, last)
+            edges = np.concatenate((first[inner_first > first], last[inner_last < last] - 1))
+            self.values[edges[self.values[edges] == 0]] = ZERO
+            whole = inner_last > inner_first
+            self._fill(inner_first[whole], inner_last[whole], ZERO)
+        self.paint(extents[extents["state"] == DATA], DATA)
 
     def runs(self) -> Iterator[Tuple[int, int, int]]:
         """(first cell, cell after the last, value) of every run of equal non-zero cells."""
@@ -174,7 +198,7 @@ def unite(lists: Sequence[Extents], low: int, high: int, grain: int = STATE_GRAI
         return empty()
     if len(some) == 1:
         return coalesce(some[0])
-    cells = Cells(low // grain * grain, high, grain)
+    cells = Cells(low // grain * grain, high, grain, low)
     for extents in some:
-        cells.paint(extents, extents["state"])
-    return cells.extents(high)
+        cells.paint_over(extents)
+    return clip(cells.extents(high), low, high)

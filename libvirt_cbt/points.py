@@ -55,7 +55,7 @@ class Beginning:
 
 Point = Union[Latest, Generation, Id, ChangeId, Beginning]
 
-_CHANGE_ID = re.compile(r"cbt1:([0-9a-f-]{36})/([1-9][0-9]{0,17})-([0-9a-f]{8})\Z")
+_CHANGE_ID = re.compile(r"cbt1:([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/([1-9][0-9]{0,17})-([0-9a-f]{8})\Z")
 _NUMBER = re.compile(r"[0-9]{1,18}\Z")
 _PREFIX = re.compile(r"[0-9a-f]{4,16}\Z")
 
@@ -76,7 +76,7 @@ def at(text: str) -> Point:
 def until(text: str) -> Point:
     """As `at`, or a change id."""
     found = _CHANGE_ID.match(text)
-    if found and names.is_uuid(found[1]):
+    if found:
         return ChangeId(found[1], int(found[2]), found[3])
     return at(text)
 

@@ -208,7 +208,9 @@ def _copied(
             if plan.copy != planning.NOTHING:
                 contents[plan.target] = stage.contents(plan.target)
                 sink = stack.enter_context(_sink(run, stage, plan))
-            earlier = stack.enter_context(kept.deltas(plan.target, plan.since, plan.base or 0))
+            # Only an increment copies what marks since its parent recorded; for the others the range is empty.
+            after = plan.since if plan.copy == planning.DIRTY else plan.base or 0
+            earlier = stack.enter_context(kept.deltas(plan.target, after, plan.base or 0, lineage=plan.lineage))
             export = documents.require(running, plan.target)
             bitmap = export.bitmap or f"cbt-{plan.target}"
             pulls.append(

@@ -5,6 +5,7 @@ Only what an intent of this repository proves to be ours is touched, on the host
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import List, Tuple
 
@@ -30,8 +31,13 @@ def reconcile(session: Session, kept: store.DomainStore) -> Tuple[List[str], Lis
     left: List[str] = []
     for leftover in kept.leftovers():
         intent = leftover.intent
+        if intent is None and set(os.listdir(leftover.path)) - {"intent.json", "intent.json.new"}:
+            left.append(
+                f"staging {leftover.id} has an unreadable intent; look for checkpoint cbt-{leftover.id} in libvirt"
+            )
+            continue
         if intent is None:
-            # Its first write is the intent, so nothing outside was touched yet.
+            # Its first write is the intent, so a run that came no further has touched nothing outside.
             kept.discard(leftover)
             done.append(f"removed staging {leftover.id}")
             continue

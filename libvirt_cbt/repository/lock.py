@@ -8,37 +8,55 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Callable, Iterator
 
 from libvirt_cbt import durable, errors, names
 
 
 @contextmanager
-def exclusive(path: str, repository: str, domain: str, wait: float = 0) -> Iterator[None]:
-    """Holds the lock; the kernel lets go of it when the holder dies.  Errors: RepositoryBusy naming the owner."""
+def exclusive(
+    path: str, repository: str, domain: str, wait: float = 0, stop: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Holds the lock; the kernel lets go of it when the holder dies.  Errors: RepositoryBusy naming the owner.
+
+    `wait` is in seconds; `stop` is called ten times a second while waiting and may raise.
+    """
     with durable.explained(repository, path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, durable.FILE_MODE)
     try:
         deadline = time.monotonic() + wait
-        while not _taken(fd):
+        while not _taken(fd, path, repository):
+            stop()
             if time.monotonic() >= deadline:
                 owner = names.printable(os.pread(fd, 300, 0).decode(errors="replace").strip()) or "another process"
                 raise errors.RepositoryBusy(domain=domain, repository=repository, owner=owner)
             time.sleep(0.1)
-        with durable.explained(repository, path):
-            os.ftruncate(fd, 0)
-            command = " ".join(sys.argv[:2]) or "python"
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            text = f"process {os.getpid()} on {socket.gethostname()} ({os.path.basename(command)}) since {since}"
-            os.pwrite(fd, text.encode(errors="replace"), 0)
+        _sign(fd)
         yield
     finally:
         os.close(fd)
 
 
-def _taken(fd: int) -> bool:
+def _sign(fd: int) -> None:
+    # Not the whole command line: a URI in it may hold a password.
+    command = os.path.basename(sys.argv[0]) or "python"
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = f"process {os.getpid()} on {socket.gethostname()} ({command}) since {since}"
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        os.fchmod(fd, durable.FILE_MODE)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, text.encode(errors="replace"), 0)
+    except OSError:
+        pass  # for people only; on a full disk prune must still get the lock
+
+
+def _taken(fd: int, path: str, repository: str) -> bool:
+    with durable.explained(repository, path):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # Somebody who removed the file let another process lock a new one of that name.
+        if not os.path.samestat(os.fstat(fd), os.lstat(path)):
+            raise errors.RepositoryError(reason=f"{path} was removed while it was waited for; run it again")
     return True

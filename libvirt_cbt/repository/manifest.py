@@ -11,7 +11,7 @@ import os
 from typing import Annotated, Any, Dict, Final, List, Literal, Optional, Type, TypeVar
 
 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from libvirt_cbt import durable, errors
 
@@ -41,18 +41,19 @@ class Sealed(Model):
 
     def dump(self) -> bytes:
         fields = self.model_dump(mode="json")
-        fields["digest"] = _seal(fields)
-        return (json.dumps(fields, indent=1, ensure_ascii=True) + "\n").encode()
+        return _written(fields, _seal(fields))
 
     @classmethod
     def load(cls: Type[M], path: str) -> M:
         """Errors: Damaged naming the file; RepositoryVersion for another format; OSError when it cannot be read."""
         try:
-            fields = json.loads(durable.read(path, MAX_BYTES))
+            data = durable.read(path, MAX_BYTES)
+            fields = json.loads(data)
             if not isinstance(fields, dict):
                 raise ValueError("it is no JSON object")
             digest = fields.pop("digest", None)
-            if digest == _seal(fields):
+            # The digest is of the values; the bytes are compared too, so that a flip that means the same is seen.
+            if digest == _seal(fields) and data == _written(fields, digest):
                 if fields.get("format") != FORMAT:
                     raise errors.RepositoryVersion(
                         repository=os.path.dirname(path), found=fields.get("format"), known=FORMAT
@@ -66,6 +67,12 @@ class Sealed(Model):
         else:
             reason = "its digest does not match its content"
         raise errors.Damaged(path=path, reason=reason)
+
+
+def _written(fields: Dict[str, Any], digest: str) -> bytes:
+    """One field on a line, the digest last."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in (*fields.items(), ("digest", digest))]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def _seal(fields: Dict[str, Any]) -> str:
@@ -171,6 +178,13 @@ class Layers(Sealed):
 
     backup: Hex16
     disks: Dict[TargetName, LayerEntry]
+
+    @model_validator(mode="after")
+    def _named_by_target(self) -> Layers:
+        for target, entry in self.disks.items():
+            if (entry.file, entry.contents) != (f"{target}.qcow2", f"{target}.contents.npy"):
+                raise ValueError(f"the files of disk {target} have other names than they must")
+        return self
 
 
 class RepositoryFile(Sealed):

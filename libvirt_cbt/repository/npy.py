@@ -7,7 +7,9 @@ not asked.  Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.f
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from typing import Any, Final, Tuple
 
 import blake3
@@ -29,7 +31,7 @@ class Writer:
     """Appends arrays of one dtype to a new file; `finish` writes the header, syncs, and gives (digest, rows)."""
 
     def __init__(self, path: str, dtype: np.dtype[Any]) -> None:
-        self.path, self._dtype, self._rows = path, dtype, 0
+        self.path, self._dtype, self._rows, self._end = path, dtype, 0, 0
         self._fd = durable.create(path)
         durable.write_all(self._fd, _header(dtype, 0))
 
@@ -37,12 +39,18 @@ class Writer:
         if len(rows):
             if rows.dtype != self._dtype:
                 raise TypeError(f"{rows.dtype} is not {self._dtype}")
-            durable.write_all(self._fd, np.ascontiguousarray(rows).tobytes())
+            stop = extents.ends(rows)
+            if int(rows["offset"][0]) < self._end or (rows["offset"][1:] < stop[:-1]).any():
+                raise ValueError(f"{self.path}: runs overlap or are out of order")
+            self._end = int(stop[-1])
+            with durable.explained(os.path.dirname(self.path), self.path):
+                durable.write_all(self._fd, np.ascontiguousarray(rows).tobytes())
             self._rows += len(rows)
 
     def finish(self) -> Tuple[str, int]:
-        os.pwrite(self._fd, _header(self._dtype, self._rows), 0)
-        os.fsync(self._fd)
+        with durable.explained(os.path.dirname(self.path), self.path):
+            os.pwrite(self._fd, _header(self._dtype, self._rows), 0)
+            os.fsync(self._fd)
         self.close()
         return file_digest(self.path), self._rows
 
@@ -64,7 +72,12 @@ def file_digest(path: str) -> str:
 
 
 def _opener(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    # O_NONBLOCK: a FIFO in the file's place must not hold us up.
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return fd
 
 
 class Reader:
@@ -106,10 +119,10 @@ class Reader:
             middle = (low + high) // 2
             row = self.slice(middle, middle + 1)[0]
             if int(row["offset"]) + int(row["length"]) > offset:
-                high = middle + 1
+                high = middle  # the row sought is this one or before it
             else:
                 low = middle + 1
-        return low + int(np.searchsorted(extents.ends(self.slice(low, high)), offset, side="right"))
+        return low + int(np.searchsorted(extents.ends(self.slice(low, high)), np.uint64(offset), side="right"))
 
     def window(self, low: int, high: int) -> extents.Extents:
         """Whole rows that touch bytes [low, high) of the disk."""
@@ -117,8 +130,8 @@ class Reader:
         first = self.index(low)
         while first < self.rows:
             rows = self.slice(first, min(first + SLICE, self.rows))
-            inside = int(np.searchsorted(rows["offset"], high, side="left"))
-            parts.append(rows[:inside])
+            inside = int(np.searchsorted(rows["offset"], np.uint64(high), side="left"))
+            parts.append(rows[:inside].copy())  # a view would keep the whole slice
             if inside < len(rows):
                 break
             first += len(rows)

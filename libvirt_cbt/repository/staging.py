@@ -8,7 +8,7 @@ from typing import Any, ContextManager, Dict, Iterator, Literal
 
 import numpy as np
 
-from libvirt_cbt import durable, errors, extents
+from libvirt_cbt import durable, extents
 from libvirt_cbt.repository import npy
 from libvirt_cbt.repository.manifest import Intent, Layers, Manifest
 from libvirt_cbt.repository.store import DomainStore
@@ -64,10 +64,13 @@ class Staging:
             durable.sync_directory(self.path)
             # The intent is published with the rest and removed then: without it a crash just before the rename
             # would leave a checkpoint that nothing proves to be ours.
-            durable.publish(self.path, self._kept.directory(manifest.id))
-            self.published = True
-            self._kept._generations = None  # noqa: SLF001 -- the same room
+            durable.publish(self.path, self._kept.directory(manifest.id), done=self._seen)
             os.unlink(os.path.join(self._kept.directory(manifest.id), "intent.json"))
+            durable.sync_directory(self._kept.directory(manifest.id))
+
+    def _seen(self) -> None:
+        self.published = True
+        self._kept._generations = None  # noqa: SLF001 -- the same room
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -83,14 +86,15 @@ def begun(kept: DomainStore, intent: Intent) -> Iterator[Staging]:
     staging = Staging(kept, intent)
     with durable.explained(kept.repository.path, staging.path):
         durable.make_directory(staging.path)
-        durable.write_new(os.path.join(staging.path, "intent.json"), intent.dump())
-        durable.sync_directory(staging.path)
     try:
+        with durable.explained(kept.repository.path, staging.path):
+            durable.write_new(os.path.join(staging.path, "intent.json"), intent.dump())
+            durable.sync_directory(staging.path)
         yield staging
     finally:
         staging.close()
         if not staging.published and not staging.keep:
             try:
-                durable.remove_directory(staging.path)
-            except OSError as e:
-                raise errors.RepositoryError(reason=f"cannot remove {staging.path}: {e.strerror}") from None
+                durable.remove_directory(staging.path, last="intent.json")
+            except OSError:
+                pass  # `recover` removes it; what ended the run is the error to be told of

@@ -7,10 +7,10 @@ import secrets
 import stat
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ContextManager, Final, Iterator, List, Optional
+from typing import Callable, ContextManager, Final, Iterator, List, Optional
 
 from libvirt_cbt import durable, errors, extents, names, points
-from libvirt_cbt.repository import lock, npy
+from libvirt_cbt.repository import history, lock, npy
 from libvirt_cbt.repository.manifest import Intent, Layers, Manifest, RepositoryFile
 
 FILE: Final = "repository.json"
@@ -52,6 +52,12 @@ class Repository:
                 raise errors.NoRepository(repository=path) from None
             if not stat.S_ISDIR(status.st_mode):
                 raise errors.NoRepository(repository=path)
+            file = os.path.join(path, FILE)
+            # Asked first: whoever mistyped -r must not be told to chmod a directory that is none of ours.
+            if not os.path.lexists(file):
+                if os.listdir(path):
+                    raise errors.RepositoryForeign(repository=path)
+                raise errors.NoRepository(repository=path)
             if status.st_mode & 0o077:
                 mode = stat.S_IMODE(status.st_mode)
                 raise errors.RepositoryDenied(
@@ -59,11 +65,6 @@ class Repository:
                 )
             if status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
                 raise errors.RepositoryDenied(repository=path, reason=f"it belongs to user {status.st_uid}")
-            file = os.path.join(path, FILE)
-            if not os.path.lexists(file):
-                if os.listdir(path):
-                    raise errors.RepositoryForeign(repository=path)
-                raise errors.NoRepository(repository=path)
             return Repository(path, RepositoryFile.load(file).id)
 
     def domain(self, uuid: names.DomainUuid) -> DomainStore:
@@ -87,13 +88,22 @@ class Repository:
             kept = self.domain(names.domain_uuid(domain))
             if kept.generations():
                 return kept
-        matches = [s for s in self.domains() if s.name == domain]
+        matches = []
+        damage: Optional[errors.Damaged] = None
+        for one in map(self.domain, self.uuids()):
+            try:
+                if one.generations() and one.name == domain:
+                    matches.append(one)
+            except errors.Damaged as e:
+                damage = e  # of another domain perhaps: it must not stand in this one's way
         if len(matches) > 1:
             raise errors.Usage(
                 reason=f"several domains were called '{names.printable(domain)}': "
                 + ", ".join(s.uuid for s in matches)
                 + "; give a UUID"
             )
+        if not matches and damage:
+            raise damage
         if not matches:
             raise errors.NotInRepository(domain=names.printable(domain), repository=self.path)
         return matches[0]
@@ -139,13 +149,17 @@ class DomainStore:
     def directory(self, backup: str) -> str:
         return os.path.join(self.path, "backups", backup)
 
-    def lock(self, wait: float = 0) -> ContextManager[None]:
+    def lock(self, wait: float = 0, stop: Callable[[], None] = lambda: None) -> ContextManager[None]:
         """The one writer; makes the domain's directories first.  Errors: RepositoryBusy, RepositoryDenied."""
         with durable.explained(self.repository.path, self.path):
             for path in (self.path, os.path.join(self.path, "staging"), os.path.join(self.path, "backups")):
                 durable.ensure_directory(path)
+        try:
+            name = self.name
+        except errors.Damaged:
+            name = self.uuid  # `verify` says what is damaged; the lock is only named here
         self._generations = None
-        return lock.exclusive(os.path.join(self.path, "lock"), self.repository.path, self.name, wait)
+        return lock.exclusive(os.path.join(self.path, "lock"), self.repository.path, name, wait, stop)
 
     def generations(self) -> List[Manifest]:
         """Every published generation, ascending.  Errors: Damaged naming the manifest; RepositoryDenied."""
@@ -158,6 +172,8 @@ class DomainStore:
         """The ids of what is published, in no order, their manifests unread."""
         with durable.explained(self.repository.path, self.path):
             try:
+                durable.require_directory(self.path)
+                durable.require_directory(os.path.join(self.path, "backups"))
                 return [names.backup_id(e) for e in os.listdir(os.path.join(self.path, "backups"))]
             except FileNotFoundError:
                 return []
@@ -166,23 +182,30 @@ class DomainStore:
 
     def _load(self, backup: str) -> Manifest:
         path = os.path.join(self.directory(backup), "manifest.json")
-        with _readable(self.repository.path, path):
+        with durable.readable(self.repository.path, path):
+            durable.require_directory(os.path.dirname(path))
             manifest = Manifest.load(path)
         if manifest.id != backup or manifest.domain.uuid != self.uuid:
             raise errors.Damaged(path=path, reason="it belongs to another backup")
+        if manifest.repository != self.repository.id:
+            raise errors.Damaged(path=path, reason=f"it belongs to repository {manifest.repository}")
         return manifest
 
     def layers(self, backup: str) -> Layers:
         """Errors: Damaged."""
         path = os.path.join(self.directory(backup), "layers.json")
-        with _readable(self.repository.path, path):
+        with durable.readable(self.repository.path, path):
+            durable.require_directory(os.path.dirname(path))
             layers = Layers.load(path)
         if layers.backup != backup:
             raise errors.Damaged(path=path, reason="it belongs to another backup")
         return layers
 
     def resolve(self, point: points.Point) -> Manifest:
-        """The generation that a point names.  Errors: NoSuchBackup; Usage for an ambiguous prefix."""
+        """The generation that a point names.  Errors: NoSuchBackup; Usage for an ambiguous prefix;
+
+        history.ChangeIdBroken for a change id whose number stands for another moment here.
+        """
         generations = self.generations()
         if isinstance(point, points.Latest):
             found = generations[-1:]
@@ -190,8 +213,10 @@ class DomainStore:
             found = [m for m in generations if m.generation == point.number]
         elif isinstance(point, points.Id):
             found = [m for m in generations if m.id.startswith(point.prefix)]
+        elif isinstance(point, points.ChangeId):
+            found = history.by_change_id(generations, point)
         else:
-            found = [m for m in generations if any(d.change_id == str(point) for d in m.disks)]
+            found = []
         if len(found) > 1:
             raise errors.Usage(
                 reason=f"'{point}' is the beginning of {', '.join(m.id for m in found)}; give more digits"
@@ -202,14 +227,7 @@ class DomainStore:
 
     def newest_backup(self, manifest: Manifest, target: str) -> Optional[Manifest]:
         """The newest generation up to `manifest` that holds data of a disk in its lineage."""
-        lineage = manifest.require(target).lineage
-        for candidate in reversed([m for m in self.generations() if m.generation <= manifest.generation]):
-            disk = candidate.disk(target)
-            if disk is None or disk.lineage != lineage:
-                return None
-            if disk.mode != "mark":
-                return candidate
-        return None
+        return history.newest_backup(self.generations(), manifest, target)
 
     def chain(self, backup: str, target: str) -> List[Link]:
         """A backup's layers of one disk, newest first down to the full.  Errors: Damaged when a link is missing."""
@@ -222,6 +240,7 @@ class DomainStore:
             if entry is None:
                 raise errors.Damaged(path=self.directory(at), reason=f"it holds no data of disk {target}")
             place = self.directory(at)
+            durable.require_regular(os.path.join(place, entry.file))
             links.append(
                 Link(
                     names.BackupId(at),
@@ -234,8 +253,14 @@ class DomainStore:
         return links
 
     @contextmanager
-    def deltas(self, target: str, after: int, until: int) -> Iterator[Deltas]:
-        """The deltas of generations after+1..until as readers, oldest first.  Errors: Damaged."""
+    def deltas(self, target: str, after: int, until: int, *, lineage: Optional[str] = None) -> Iterator[history.Deltas]:
+        """The deltas of generations after+1..until as readers, oldest first.
+
+        With `lineage` each of them must be there and have the disk in that lineage: only then is the union all that
+        was written.  Errors: Damaged; history.LineageBroken.
+        """
+        if lineage is not None:
+            history.require_unbroken(self.generations(), target, after, until, lineage)
         with ExitStack() as stack:
             readers: List[npy.Reader] = []
             for manifest in self.generations():
@@ -243,7 +268,7 @@ class DomainStore:
                 if after < manifest.generation <= until and disk:
                     path = os.path.join(self.directory(manifest.id), f"{target}.delta.npy")
                     readers.append(stack.enter_context(npy.Reader(path, extents.EXTENT, disk.delta.digest)))
-            yield Deltas(readers)
+            yield history.Deltas(readers)
 
     def leftovers(self) -> List[Leftover]:
         """What runs that died have left in staging; to be asked under the lock only."""
@@ -265,28 +290,7 @@ class DomainStore:
     def discard(self, leftover: Leftover) -> None:
         """Removes a staging directory."""
         with durable.explained(self.repository.path, leftover.path):
-            durable.remove_directory(leftover.path)
-
-
-class Deltas:
-    """The union of several generations' deltas, asked for by window."""
-
-    def __init__(self, readers: List[npy.Reader]) -> None:
-        self._readers = readers
-
-    def union(self, low: int, high: int) -> extents.Extents:
-        """Ordered disjoint extents inside [low, high); the newest delta that touches a block gives its state."""
-        return extents.unite([r.window(low, high) for r in self._readers], low, high)
-
-
-@contextmanager
-def _readable(repository: str, path: str) -> Iterator[None]:
-    """A published file that is missing is damage, not a failed call."""
-    with durable.explained(repository, path):
-        try:
-            yield
-        except (FileNotFoundError, NotADirectoryError) as e:
-            raise errors.Damaged(path=path, reason=e.strerror) from None
+            durable.remove_directory(leftover.path, last="intent.json")
 
 
 def layer_backing(parent: Optional[str], target: str) -> Optional[str]:

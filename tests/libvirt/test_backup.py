@@ -12,6 +12,7 @@ from typing import Any, Iterator
 
 import libvirt
 import pytest
+from lxml import etree
 
 from tests.guests import daemon, plain
 from tests.guests.plain import MIB, Disk, PlainGuest
@@ -150,6 +151,52 @@ def test_a_power_cycle_keeps_the_chain_and_a_dead_qemu_begins_a_new_one(
     tool.nothing_left(guest)
 
 
+def test_a_new_lineage_goes_on_as_the_first_did(
+    tool: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path
+) -> None:
+    tool.backup(guest)
+    assert len(tool.run("untrack", guest.name).result["removed"]) == 1
+    for arguments, modes in (((), "full"), (("--full",), "full"), (("--exclude", "vdb"), "mark"), ((), "incremental")):
+        guest.random_writes(rng, "vdb", 6)
+        made = tool.backup(guest, *arguments)
+        assert made["disks"][1]["mode"] == modes
+    same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
+
+
+class _Volume(Disk):
+    """The same disk, named by pool and volume."""
+
+    def xml(self) -> etree._Element:
+        row = super().xml()
+        row.set("type", "volume")
+        source = row.find("source")
+        assert source is not None
+        source.attrib.clear()
+        source.set("pool", "cbt")
+        source.set("volume", os.path.basename(self.path))
+        return row
+
+
+def test_a_storage_volume_is_backed_up_like_a_file(
+    tool: Tool, libvirtd: daemon.Daemon, rng: random.Random, tmp_path: Path
+) -> None:
+    disk = _Volume("vda", MIB)
+    with PlainGuest(libvirtd, "volume", [disk]) as guest:
+        pool = libvirtd.connection.storagePoolCreateXML(
+            f"<pool type='dir'><name>cbt</name><target><path>{guest.folder}</path></target></pool>"
+        )
+        try:
+            guest.define()
+            guest.start()
+            for mode in ("full", "incremental"):
+                guest.random_writes(rng, "vda", 6)
+                assert tool.backup(guest)["disks"][0]["mode"] == mode
+                same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
+        finally:
+            guest.destroy()
+            pool.destroy()
+
+
 def test_disks_that_changed_places_start_anew(
     tool: Tool, libvirtd: daemon.Daemon, rng: random.Random, tmp_path: Path
 ) -> None:
@@ -164,7 +211,6 @@ def test_disks_that_changed_places_start_anew(
         one.path, other.path = other.path, one.path
         one.model, other.model = other.model, one.model
         guest.define()
-        guest.domain.undefineFlags  # noqa: B018 -- defined anew over the old: same name, new UUID is refused
         guest.start()
         made = tool.backup(guest)
         assert [d["mode"] for d in made["disks"]] == ["full", "full"]

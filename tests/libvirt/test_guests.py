@@ -116,7 +116,7 @@ def test_the_guest_with_an_os_freezes_thaws_and_boots_again_from_its_images(syst
     guest = system_guest(files={"vda": {"hello": b"world"}, "vdb": {}})
     print(f"booted in {time.monotonic() - began:.1f} s")
     assert guest.read_file("/disks/vda/hello") == b"world"
-    data = os.urandom(20000)
+    data = os.urandom(300_000)  # more than one message to the agent
     guest.write_file("/disks/vdb/new", data)
     assert guest.read_file("/disks/vdb/new") == data
     with pytest.raises(system.ExecFailed, match="No such file"):

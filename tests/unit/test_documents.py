@@ -1,0 +1,200 @@
+"""The documents given to libvirt against libvirt's own schemas, and a parser that trusts nothing."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lxml import etree
+
+from libvirt_cbt import errors, names, xmldoc
+from libvirt_cbt.hypervisor import documents
+from libvirt_cbt.hypervisor.documents import JobDisk
+
+SCHEMAS = Path("/usr/share/libvirt/schemas")
+NAME = names.checkpoint(names.BackupId("0123456789abcdef"))
+OLDER = names.checkpoint(names.BackupId("fedcba9876543210"))
+
+# Every kind of disk a job can have: in it or left out, tracked or not, whole or since a checkpoint.
+FULL = JobDisk("vda", "/var/scratch/a.qcow2", tracked=True)
+INCREMENT = JobDisk("vdb", "/var/scratch/b.qcow2", tracked=True, incremental=OLDER)
+UNTRACKED = JobDisk("vdc", "/var/scratch/c.qcow2", tracked=False)
+LEFT_OUT = JobDisk("sda", None, tracked=False)
+MIXES = [mix for count in (1, 2, 3, 4) for mix in itertools.combinations((FULL, INCREMENT, UNTRACKED, LEFT_OUT), count)]
+
+# What XML can carry at all: no control characters but the white space, no surrogates, no non-characters.
+CHARACTERS = st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="\ufffe\uffff")
+# A file name or a description as somebody hostile would choose it; the samples are tried first.
+HOSTILE = st.one_of(
+    st.sampled_from(["'\"<&>", "]]>", "<!-- x -->", "&lt;", "&#10;", "--", "${x}", "é\u202e\U0001f4be"]),
+    st.text(CHARACTERS, min_size=1, max_size=60),
+)
+FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def schema(kind: str) -> etree.RelaxNG:
+    path = SCHEMAS / f"{kind}.rng"
+    if not path.exists():
+        pytest.skip(f"{path} is not installed (package libvirt-daemon or libvirt-common)")
+    return etree.RelaxNG(etree.parse(str(path)))
+
+
+@pytest.fixture(scope="module")
+def backups() -> etree.RelaxNG:
+    return schema("domainbackup")
+
+
+@pytest.fixture(scope="module")
+def checkpoints() -> etree.RelaxNG:
+    return schema("domaincheckpoint")
+
+
+def valid(text: str, rules: etree.RelaxNG) -> etree._Element:
+    root = etree.fromstring(text)
+    assert rules.validate(root), f"{rules.error_log}\n{text}"
+    assert not list(root.iter(etree.Comment)), "the templates' remarks stay at home"
+    return root
+
+
+def rows(root: etree._Element, *names_of: str) -> List[Tuple[Optional[str], ...]]:
+    return [tuple(row.get(n) for n in names_of) for row in root.iterfind("disks/disk")]
+
+
+def info(description: str = "libvirt-cbt repository=0123456789abcdef") -> documents.CheckpointInfo:
+    return documents.CheckpointInfo(NAME, description, parent=OLDER, created=1700000000, disks={})
+
+
+@pytest.mark.parametrize("disks", MIXES, ids=lambda mix: "+".join(d.target for d in mix))
+def test_every_document_is_valid(
+    disks: Tuple[JobDisk, ...], backups: etree.RelaxNG, checkpoints: etree.RelaxNG
+) -> None:
+    """Also with no disk in the job at all: the caller's mistake, but well-formed."""
+    valid(documents.backup("/run/cbt/x/nbd.sock", disks), backups)
+    valid(documents.checkpoint(NAME, documents.description("0123456789abcdef"), disks), checkpoints)
+    valid(documents.redefinition(info(), disks), checkpoints)
+
+
+def test_a_backup_names_every_disk_as_asked(backups: etree.RelaxNG) -> None:
+    """A disk that is not named is silently left out; one with a leftover bitmap of the sample would be refused."""
+    root = valid(documents.backup("/run/s", [LEFT_OUT, FULL, INCREMENT]), backups)
+    assert root.get("mode") == "pull"
+    assert rows(root, "name", "backup", "backupmode", "incremental", "exportname", "exportbitmap") == [
+        ("sda", "no", None, None, None, None),
+        ("vda", "yes", "full", None, "vda", None),
+        ("vdb", "yes", "incremental", OLDER, "vdb", "cbt-vdb"),
+    ]
+    assert [e.get("file") for e in root.iterfind("disks/disk/scratch")] == [FULL.scratch, INCREMENT.scratch]
+
+
+def test_a_checkpoint_names_every_disk_as_asked(checkpoints: etree.RelaxNG) -> None:
+    root = valid(documents.checkpoint(NAME, "d", [FULL, UNTRACKED, LEFT_OUT]), checkpoints)
+    assert rows(root, "name", "checkpoint") == [("vda", "bitmap"), ("vdc", "no"), ("sda", "no")]
+
+
+def test_a_redefinition_names_each_bitmap_and_no_parent(checkpoints: etree.RelaxNG) -> None:
+    """An absent parent is an error of libvirt; a bitmap that is not written out is not looked for."""
+    root = valid(documents.redefinition(info(), [FULL, LEFT_OUT]), checkpoints)
+    assert rows(root, "name", "bitmap") == [("vda", NAME), ("sda", None)]
+    assert root.find("parent") is None
+    assert root.findtext("creationTime") == "1700000000"
+
+
+@FEW
+@given(st.lists(HOSTILE, min_size=1, max_size=3))
+def test_hostile_paths_come_back_as_they_were(paths: List[str]) -> None:
+    disks = [JobDisk(f"vd{n}", f"/scratch/{path}", tracked=True) for n, path in enumerate(paths)]
+    job = documents.running_job(documents.backup(f"/run/{paths[0]}", disks))
+    assert job.socket == f"/run/{paths[0]}"
+    assert [e.scratch for e in job.disks.values()] == [d.scratch for d in disks]
+    assert list(job.disks) == [e.export for e in job.disks.values()] == [d.target for d in disks]
+
+
+@FEW
+@given(HOSTILE)
+def test_hostile_descriptions_come_back_as_they_were(text: str) -> None:
+    found = documents.checkpoint_info(documents.checkpoint(NAME, text, [FULL]))
+    assert found.description == text.strip()
+    again = documents.checkpoint_info(documents.redefinition(info(text), [FULL]))
+    assert (again.name, again.description, again.created, again.parent) == (NAME, text.strip(), 1700000000, None)
+
+
+@pytest.mark.parametrize("bad", ["a\0b", "a\x07b", "a\x1bb", "\ufffe"])
+def test_what_xml_cannot_carry_is_refused_not_dropped(bad: str) -> None:
+    with pytest.raises(ValueError):
+        documents.backup("/run/s", [JobDisk("vda", f"/scratch/{bad}", tracked=True)])
+
+
+def test_only_our_checkpoints_are_ours() -> None:
+    """With this answer a checkpoint may be removed by us."""
+    assert documents.repository_of(info()) == "0123456789abcdef"
+    for description in ("", "libvirt-cbt", "libvirt-cbt repository=", "libvirt-cbt repository= ", "my own"):
+        assert documents.repository_of(info(description)) is None
+    foreign = documents.CheckpointInfo("daily", info().description, None, 0, {})
+    assert documents.repository_of(foreign) is None
+
+
+def test_a_running_job_after_a_daemons_restart() -> None:
+    """libvirt 9.0 leaves exportname out then; a disk left out is not one of the job."""
+    job = documents.running_job(
+        "<domainbackup mode='pull'><server transport='unix' socket='/run/s'/><disks>"
+        "<disk name='vda' backup='yes' type='file' backupmode='full' index='3'><scratch file='/x'/></disk>"
+        "<disk name='vdb' backup='yes' exportname='b' exportbitmap='m' index='-1'/>"
+        "<disk name='vdc' backup='no'/></disks></domainbackup>"
+    )
+    assert job.socket == "/run/s"
+    assert job.disks == {
+        "vda": documents.Export("vda", None, 3, "/x"),
+        "vdb": documents.Export("b", "m", None, ""),
+    }
+    with pytest.raises(errors.HypervisorError, match="vdc"):
+        documents.require(job, "vdc")
+
+
+def test_a_checkpoints_sizes() -> None:
+    """A broken bitmap gives no error there: that disk merely has no size."""
+    found = documents.checkpoint_info(
+        f"<domaincheckpoint><name>{NAME}</name><parent><name>{OLDER}</name></parent>"
+        "<creationTime>12</creationTime><disks><disk name='vda' checkpoint='bitmap' size='65536'/>"
+        "<disk name='vdb' checkpoint='bitmap'/><disk name='vdc' checkpoint='no'/></disks></domaincheckpoint>"
+    )
+    assert found.disks == {"vda": 65536, "vdb": None}
+    assert (found.parent, found.created, found.description) == (OLDER, 12, "")
+
+
+@pytest.mark.parametrize(
+    "doctype",
+    [
+        "<!DOCTYPE d>",
+        "<!DOCTYPE d SYSTEM 'file:///etc/passwd'>",
+        "<!DOCTYPE d SYSTEM 'http://127.0.0.1:9/x.dtd'>",
+        "<!DOCTYPE d [<!ENTITY e SYSTEM 'SECRET'>]>",
+        "<!DOCTYPE d [<!ENTITY % p SYSTEM 'SECRET'> %p;]>",
+        "<!DOCTYPE d [<!ENTITY a 'ha'><!ENTITY e '&a;&a;&a;'>]>",
+    ],
+)
+def test_a_doctype_is_refused(tmp_path: Path, doctype: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("hidden treasure")
+    use = "&e;" if "ENTITY e" in doctype else ""
+    text = f"{doctype.replace('SECRET', secret.as_uri())}<d><socket>{use}</socket></d>"
+    for read in (documents.running_job, documents.checkpoint_info):
+        with pytest.raises(errors.HypervisorError) as caught:
+            read(text)
+        assert "treasure" not in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["", "<a>", "<a/><b/>", "\0", "<a>&e;</a>", "<a x='1' x='2'/>", "\ud800<a/>"])
+def test_what_is_no_xml_is_refused(text: str) -> None:
+    with pytest.raises(errors.HypervisorError, match="well-formed"):
+        xmldoc.parse(text, "it")
+
+
+def test_endless_xml_is_refused() -> None:
+    with pytest.raises(errors.HypervisorError, match="longer"):
+        xmldoc.parse("<a>" + "x" * xmldoc.MAX_BYTES + "</a>", "it")
+    with pytest.raises(errors.HypervisorError):
+        xmldoc.parse("<a>" * 100000 + "</a>" * 100000, "it")
