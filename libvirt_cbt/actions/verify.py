@@ -119,6 +119,7 @@ def _layer(
         seen.add(generation.id, target, reason, read.offset, read.length)
 
     path = seen.place(generation, entry.file)
+    stored = generation.require(target).data_bytes
     with ExitStack() as stack:
         try:
             contents = stack.enter_context(
@@ -138,6 +139,6 @@ def _layer(
             None,
             options,
             damaged=damaged,
-            progress=lambda disk, done: session.watch.progress(disk, done, 0),
+            progress=lambda disk, done: session.watch.progress(disk, done, max(stored, done)),
             stop=session.watch.stop,
         )

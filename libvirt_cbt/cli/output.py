@@ -78,7 +78,10 @@ def run(
         with Session(settings.uri, settings.repository, watch) as session:
             for job in jobs:
                 try:
-                    found = job(session)
+                    try:
+                        found = job(session)
+                    finally:
+                        progress.finish(watch)  # the terminal is free again before anything is said
                 except errors.CbtError as e:
                     first = first or e
                     print(f"libvirt-cbt: {e}", file=sys.stderr)
@@ -89,8 +92,6 @@ def run(
                         results.append(one)
                         if always or not settings.json:
                             show(one)
-                finally:
-                    progress.finish(watch)
     first = first or reported.error
     if settings.json:
         print(json.dumps(document(results, first), ensure_ascii=False))
