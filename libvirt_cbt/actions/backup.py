@@ -121,6 +121,7 @@ def _take(
             stage.advance("running")
             pulled = _copied(session, kept, run, stage)
             job.end(run.host, dom.uuid, run.places.socket)
+            scratch.remove(run.places)  # before publication: the intent that names these files goes with it
             warnings = _warnings(run, quiesced)
             made = _manifest(kept, run, stage, pulled, quiesced, (started, frozen_at), warnings)
             session.watch.stop()

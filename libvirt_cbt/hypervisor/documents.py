@@ -143,7 +143,8 @@ def repository_of(info: CheckpointInfo) -> Optional[str]:
     mark = "libvirt-cbt repository="
     if not info.name.startswith(names.CHECKPOINT_PREFIX) or not info.description.startswith(mark):
         return None
-    return info.description[len(mark) :].split()[0] if len(info.description) > len(mark) else None
+    words = info.description[len(mark) :].split()
+    return words[0] if words else None
 
 
 def require(job: RunningJob, target: str) -> Export:

@@ -104,9 +104,9 @@ def _running(argv: List[str], path: str) -> Iterator[None]:
             reason=f"the socket path {path} is too long; set LIBVIRT_CBT_RUN_DIR to a shorter one"
         )
     with tempfile.TemporaryFile() as complaints:
-        # Dies with us, also when we are killed; Ctrl-C in a terminal is ours to handle.
+        # A session of its own: Ctrl-C in a terminal is ours to handle.
         process = subprocess.Popen(
-            [tools.find("setpriv"), "--pdeathsig", "TERM", tools.find(argv[0]), *argv[1:]],
+            [*_dying_with(os.getpid()), tools.find(argv[0]), *argv[1:]],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=complaints,
@@ -123,6 +123,16 @@ def _running(argv: List[str], path: str) -> Iterator[None]:
                 os.unlink(path)
             except FileNotFoundError:
                 pass
+
+
+def _dying_with(parent: int) -> List[str]:
+    """The beginning of a command that is killed when we are.
+
+    KILL, not TERM: qemu-nbd ignores a TERM that comes before its main loop, and there is only one.  What it was
+    writing is thrown away anyway.  The shell sees whether we had gone before the kernel was told.
+    """
+    alive = '[ "$PPID" = "$0" ] && exec "$@"'
+    return [tools.find("setpriv"), "--pdeathsig", "KILL", "--", tools.find("sh"), "-c", alive, str(parent)]
 
 
 def _wait_started(process: subprocess.Popen[bytes], tool: str, path: str, complaints: Any) -> None:

@@ -122,27 +122,43 @@ def test_odd_names(folder: str) -> None:
         pass
 
 
-def test_a_killed_tool_leaves_no_server(folder: str) -> None:
-    """SIGKILL runs no `finally`: the kernel ends the server."""
-    path = layer(folder)
-    program = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from libvirt_cbt.nbdio import server\n"
-        f"with server.sink({path!r}, {folder!r}, compress=True):\n"
-        "    print(Path(f'/proc/self/task/{__import__(\"os\").getpid()}/children').read_text(), flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    tool = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+TOOL = """
+import sys, time
+from libvirt_cbt.nbdio import server
+
+def started(process, *_):
+    print(process.pid, flush=True)
+    time.sleep(60)
+
+server._wait_started = started
+with server.sink(sys.argv[1], sys.argv[2], compress=True):
+    pass
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.3])
+def test_a_killed_tool_leaves_no_server(folder: str, delay: float) -> None:
+    """SIGKILL runs no `finally`: the kernel ends the server, however far it had come."""
+    tool = subprocess.Popen([sys.executable, "-c", TOOL, layer(folder), folder], stdout=subprocess.PIPE, text=True)
     assert tool.stdout is not None
     pid = int(tool.stdout.readline())
+    time.sleep(delay)
     tool.kill()
     tool.wait()
     tool.stdout.close()
-    deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{pid}") and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
-        assert time.monotonic() < deadline
+    deadline = time.monotonic() + 5
+    while alive(pid):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"the server outlived its tool, killed after {delay} s")
         time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize("size", [MIB, MIB + 512, 512])

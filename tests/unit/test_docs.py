@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 from pathlib import Path
+from typing import Dict, Final, Type
 
+import pytest
+
+import libvirt_cbt
 from libvirt_cbt import cli, errors
 
-ROOT = Path(__file__).parents[2]
+ROOT: Final = Path(__file__).resolve().parents[2]
+README: Final = ROOT / "README.md"
+EXIT_CODES: Final = ROOT / "docs" / "exit-codes.md"
 
 
-def test_every_error_class_is_in_the_table_of_exit_codes() -> None:
-    table = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
-    for name, kind in inspect.getmembers(errors, inspect.isclass):
-        if issubclass(kind, errors.CbtError) and kind is not errors.CbtError:
-            code = "128+N" if name == "Interrupted" else str(kind.code)
-            assert f"| {name} | {code} |" in table
+def kinds() -> Dict[str, Type[errors.CbtError]]:
+    found = inspect.getmembers(errors, inspect.isclass)
+    return {name: kind for name, kind in found if issubclass(kind, errors.CbtError) and kind is not errors.CbtError}
 
 
-def test_every_command_is_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command in cli.COMMANDS:
-        assert f"`{command}" in readme
+@pytest.mark.parametrize("name", sorted(kinds()))
+def test_every_error_is_in_the_table_of_exit_codes(name: str) -> None:
+    kind = kinds()[name]
+    code = "128+N" if kind is errors.Interrupted else str(kind.code)
+    message = re.sub(r"\{(\w+)[^}]*\}", r"{\1}", kind.template)
+    assert f"| {name} | {code} | {message} |" in EXIT_CODES.read_text(encoding="utf-8")
+
+
+def test_every_code_is_explained() -> None:
+    text = EXIT_CODES.read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| ([0-9]+) \|", text, re.MULTILINE))
+    codes = {kind.code for kind in kinds().values()} | {errors.CbtError.code}
+    assert {str(code) for code in codes} <= explained
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_is_in_the_readme(command: str) -> None:
+    assert re.search(rf"^\| `{command}\b", README.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_readme_shows_no_command_or_option_that_is_not_there() -> None:
+    text = README.read_text(encoding="utf-8")
+    shown = set(re.findall(r"libvirt-cbt (?:-r \S+ )?([a-z]+)", text))
+    assert shown <= set(cli.COMMANDS)
+    for command, row in re.findall(r"^\| `([a-z]+)(.*)$", text, re.MULTILINE):
+        known = {
+            name
+            for parameter in importlib.import_module(f"libvirt_cbt.cli.{command}").command.params
+            for name in parameter.opts
+        }
+        assert set(re.findall(r"--[a-z-]+", row)) <= known
+
+
+def test_every_verb_of_the_readme_is_a_function() -> None:
+    verbs = re.findall(r"libvirt_cbt\.([a-z]+)\(", README.read_text(encoding="utf-8"))
+    assert verbs and all(callable(getattr(libvirt_cbt, verb)) for verb in verbs)
+
+
+def test_every_document_that_the_readme_names_is_there() -> None:
+    for name in re.findall(r"(?:docs|script|libvirt_cbt)/[\w/.-]*\w", README.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name

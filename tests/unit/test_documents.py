@@ -132,7 +132,8 @@ def test_only_our_checkpoints_are_ours() -> None:
     """With this answer a checkpoint may be removed by us."""
     assert documents.repository_of(info()) == "0123456789abcdef"
     for description in ("", "libvirt-cbt", "libvirt-cbt repository=", "libvirt-cbt repository= ", "my own"):
-        assert documents.repository_of(info(description)) is None
+        read = documents.checkpoint_info(documents.checkpoint(NAME, description, [FULL]))
+        assert documents.repository_of(read) is None
     foreign = documents.CheckpointInfo("daily", info().description, None, 0, {})
     assert documents.repository_of(foreign) is None
 
