@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -195,6 +196,47 @@ def test_a_storage_volume_is_backed_up_like_a_file(
         finally:
             guest.destroy()
             pool.destroy()
+
+
+class _Block(Disk):
+    """The same disk on a block device."""
+
+    def xml(self) -> etree._Element:
+        row = super().xml()
+        row.set("type", "block")
+        source = row.find("source")
+        assert source is not None
+        source.attrib.clear()
+        source.set("dev", self.path)
+        return row
+
+    def create(self) -> None:
+        backing = f"{self.path}.image"
+        with open(backing, "wb") as file:
+            file.truncate(8 * MIB)
+        loop = subprocess.check_output(["losetup", "--find", "--show", backing], text=True).strip()
+        # The private daemon has a /dev of its own: the same device under another name.
+        os.mknod(self.path, 0o600 | stat.S_IFBLK, os.stat(loop).st_rdev)
+        self.options = (loop,)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", self.path, str(self.size)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a loop device needs root")
+def test_a_block_device_is_backed_up_like_a_file(
+    tool: Tool, libvirtd: daemon.Daemon, rng: random.Random, tmp_path: Path
+) -> None:
+    disk = _Block("vda", MIB)
+    with PlainGuest(libvirtd, "block", [disk]) as guest:
+        try:
+            guest.define()
+            guest.start()
+            for mode in ("full", "incremental"):
+                guest.random_writes(rng, "vda", 6)
+                assert tool.backup(guest)["disks"][0]["mode"] == mode
+                same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
+        finally:
+            guest.destroy()
+            subprocess.run(["losetup", "--detach", disk.options[0]], check=True)
 
 
 def test_disks_that_changed_places_start_anew(
