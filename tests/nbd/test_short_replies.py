@@ -19,8 +19,8 @@ SIZE = 2 * MIB + 512
 
 
 def shortened(flat: List[int], rng: random.Random) -> List[int]:
-    """The first few extents, the last of them perhaps in part; never nothing, so that there is progress."""
-    kept = flat[: 2 * rng.randrange(1, len(flat) // 2 + 1)]
+    """At most an eighth of the extents, the last perhaps in part; never nothing, so that there is progress."""
+    kept = flat[: 2 * rng.randrange(1, len(flat) // 16 + 2)]
     sectors = kept[-2] // 512
     return [*kept[:-2], 512 * rng.randrange(1, sectors + 1), kept[-1]] if sectors else kept
 
@@ -54,5 +54,5 @@ def test_a_context_that_tells_less_loses_nothing(
     monkeypatch.setattr(client.Connection, "block_status", block_status)
     with disk.export() as source:
         chain.backup(source, disk.model, disk.bitmap)
-    assert len(replies) > 3, "nothing was cut"
+    assert len(replies) > 1, "nothing was cut"
     chain.prove()
