@@ -78,6 +78,13 @@ class DomainBusy(Busy):
     template = "domain '{domain}' is busy with {job}{since}; wait for it, or give --wait SECONDS"
 
 
+class PointOpen(Busy):
+    template = (
+        "a fleecing point of domain '{domain}' is open since {since}; `libvirt-cbt stop {domain}` commits it, "
+        "`stop --discard` gives it up"
+    )
+
+
 class RepositoryBusy(Busy):
     template = "domain '{domain}' is locked in {repository} by {owner}; try again when that has ended"
 
@@ -87,6 +94,31 @@ class RepositoryBusy(Busy):
 
 class TrackingBroken(CbtError):
     code = 12
+
+
+class ChangeIdBroken(TrackingBroken):
+    """A change id of another disk, lineage or repository, or from before a run was discarded or an old copy put back."""
+
+    template = "change id {point} is not of this repository's history: {reason}; take everything (--since '*')"
+
+
+class GenerationUnknown(TrackingBroken):
+    """A generation that a query names and that is not here (any more, or yet)."""
+
+    template = (
+        "'{domain}' has no generation {point} in {repository}: {reason}; "
+        "`libvirt-cbt list {domain}` shows what it has, --since '*' takes everything"
+    )
+
+
+class LineageBroken(TrackingBroken):
+    """Facts of a break between two generations: since_lineage and until_lineage (UUIDs or None), and broken_by, the
+    reason that the manifest of the generation gives for its new lineage.
+    """
+
+    template = (
+        "not all changes of disk '{target}' are known: generation {generation} {reason}; take everything (--since '*')"
+    )
 
 
 # 13: the source went away
@@ -119,6 +151,22 @@ class ScratchSpace(CbtError):
     template = (
         "{directory} has {free} bytes free and the scratch files need at least {needed}; "
         "free some or name another place with --scratch-dir"
+    )
+
+
+class ScratchExhausted(CbtError):
+    code = 14
+    template = (
+        "the backup was ended because {directory} had only {free} bytes left and the guest's own writes would have "
+        "failed; the next run is an increment: free some space, or name another place with --scratch-dir"
+    )
+
+
+class TookTooLong(CbtError):
+    code = 14
+    template = (
+        "the backup of '{domain}' was ended after {seconds:.0f} s (--max-duration); "
+        "the next run is an increment, nothing was published"
     )
 
 

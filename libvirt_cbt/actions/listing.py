@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import List, Optional
 
 from libvirt_cbt import points
-from libvirt_cbt.actions import results
-from libvirt_cbt.actions.backup import disk_result
+from libvirt_cbt.actions import recording, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.repository import manifest, store
 
@@ -34,6 +33,6 @@ def _generation(made: manifest.Manifest) -> results.Generation:
         kind=made.kind,
         time=made.frozen_at,
         consistent=made.quiesce.result == "frozen",
-        disks=[disk_result(d) for d in made.disks],
-        unprotected=[results.Unprotected(u.target, u.reason) for u in made.unprotected],
+        disks=[recording.disk_result(d) for d in made.disks],
+        unprotected=recording.unprotected_result(made.unprotected),
     )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Collection, Dict, Final, List, Optional, Tuple
 
 from libvirt_cbt import errors, names
 from libvirt_cbt.hypervisor import documents, domain
+from libvirt_cbt.nbdio.copy import ALL, DIRTY, NOTHING
 from libvirt_cbt.repository import manifest, store
 
 MAX_CHAIN: Final = 60  # reading slows with depth; facts in design.md
-
-ALL: Final = "all"
-DIRTY: Final = "dirty"
-NOTHING: Final = "nothing"
 MODES: Final = {ALL: "full", DIRTY: "incremental", NOTHING: "mark"}
 
 
@@ -53,13 +50,15 @@ def plan(
     kept: store.DomainStore,
     checkpoints: Dict[str, documents.CheckpointInfo],
     *,
-    full: bool,
-    only: Collection[str],
-    exclude: Collection[str],
+    full: bool = False,
+    only: Collection[str] = (),
+    exclude: Collection[str] = (),
+    mark: bool = False,
 ) -> Plans:
     """Plans of the disks that join the job, and the disks that are not protected with the reason of each.
 
-    Errors: NoSuchDisk for a name in `only` or `exclude` that the domain does not have; Usage when nothing is left.
+    `mark`: no disk is copied, and those that cannot hold a bitmap stay out.  Errors: NoSuchDisk for a name in `only`
+    or `exclude` that the domain does not have; Usage when nothing is left.
     """
     for target in (*only, *exclude):
         dom.disk(target)
@@ -72,12 +71,14 @@ def plan(
             unprotected.append(manifest.Unprotected(target=disk.target, reason="it was excluded by the command line"))
         elif disk.unprotected:
             unprotected.append(manifest.Unprotected(target=disk.target, reason=disk.unprotected))
+        elif mark and disk.untracked:
+            unprotected.append(manifest.Unprotected(target=disk.target, reason=disk.untracked))
         # A tracked disk that is left out still joins as a mark, so that its tracking goes on.
-        if not disk.unprotected and not (left_out and disk.untracked):
-            plans.append(_disk(disk, kept, history, checkpoints, full=full, mark=left_out))
-    if all(p.copy == NOTHING for p in plans):
+        if not disk.unprotected and not ((left_out or mark) and disk.untracked):
+            plans.append(_disk(disk, kept, history, checkpoints, full=full, mark=left_out or mark))
+    if not plans or (not mark and all(p.copy == NOTHING for p in plans)):
         raise errors.Usage(
-            reason=f"no disk of domain '{names.printable(dom.name)}' is left to back up: "
+            reason=f"no disk of domain '{names.printable(dom.name)}' is left: "
             + "; ".join(f"{u.target}: {u.reason}" for u in unprotected)
         )
     return plans, unprotected
@@ -105,17 +106,11 @@ def _disk(
     )
     if mark:
         return tracked
-    parent = _parent(disk.target, entry.lineage, history)
+    parent = kept.newest_backup(newest, disk.target)
     why_full = "asked for with --full" if full else _chain_unfit(kept, parent, disk.target)
     if why_full or parent is None:
-        return _replace(tracked, copy=ALL, reason=why_full, estimate=disk.capacity)
-    return _replace(tracked, copy=DIRTY, parent=names.BackupId(parent.id), since=parent.generation)
-
-
-def _replace(old: DiskPlan, **changes: object) -> DiskPlan:
-    from dataclasses import replace
-
-    return replace(old, **changes)  # type: ignore[arg-type]
+        return replace(tracked, copy=ALL, reason=why_full, estimate=disk.capacity)
+    return replace(tracked, copy=DIRTY, parent=names.BackupId(parent.id), since=parent.generation)
 
 
 def _broken(
@@ -152,16 +147,6 @@ def _same_image(disk: domain.Disk, entry: manifest.ManifestDisk) -> bool:
     if entry.source.inode is not None and disk.inodes:
         return entry.source.inode == disk.inodes[0]
     return entry.source.path == disk.source
-
-
-def _parent(target: str, lineage: str, history: List[manifest.Manifest]) -> Optional[manifest.Manifest]:
-    for entry in reversed(history):
-        disk = entry.disk(target)
-        if disk is None or disk.lineage != lineage:
-            return None
-        if disk.mode != "mark":
-            return entry
-    return None
 
 
 def _chain_unfit(kept: store.DomainStore, parent: Optional[manifest.Manifest], target: str) -> Optional[str]:

@@ -9,7 +9,7 @@ import os
 import socket
 from typing import List, Tuple
 
-from libvirt_cbt import errors, names
+from libvirt_cbt import errors, names, processes
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import checkpoints, domain, job, quiesce, scratch
@@ -26,40 +26,56 @@ def recover(session: Session, domain_name: str) -> results.Recover:
 
 
 def reconcile(session: Session, kept: store.DomainStore) -> Tuple[List[str], List[str]]:
-    """What was done, and what had to be left with the reason; called under the lock, so every intent's run is dead."""
+    """What was done, and what had to be left with the reason; called under the lock, so every intent's run is dead.
+
+    Errors: PointOpen for a fleecing point that `start` left open and whose job still runs.
+    """
     done: List[str] = []
     left: List[str] = []
     for leftover in kept.leftovers():
-        intent = leftover.intent
-        if intent is None and set(os.listdir(leftover.path)) - {"intent.json", "intent.json.new"}:
-            left.append(
-                f"staging {leftover.id} has an unreadable intent; look for checkpoint cbt-{leftover.id} in libvirt"
-            )
-            continue
-        if intent is None:
-            # Its first write is the intent, so a run that came no further has touched nothing outside.
-            kept.discard(leftover)
-            done.append(f"removed staging {leftover.id}")
-            continue
-        if intent.host != session.host.hostname or intent.tool_host != socket.gethostname():
-            left.append(f"staging {leftover.id} belongs to a run on {intent.tool_host}; run recover there")
-            continue
         try:
-            done += _undo(session, intent)
+            done += _reconciled(session, kept, leftover)
+        except _Left as e:
+            left.append(f"staging {leftover.id} {e}")
+        except errors.PointOpen:
+            raise
         except errors.CbtError as e:
             left.append(f"staging {leftover.id}: {e}")
-            continue
-        kept.discard(leftover)
-        done.append(f"removed staging {leftover.id}")
-    for sentence in (*done, *left):
-        session.watch.note(f"recovered: {sentence}" if sentence in done else sentence)
+    for sentence in done:
+        session.watch.note(f"recovered: {sentence}")
+    for sentence in left:
+        session.watch.note(f"left alone: {sentence}")
     return done, left
+
+
+class _Left(Exception):
+    """Why a leftover stays."""
+
+
+def _reconciled(session: Session, kept: store.DomainStore, leftover: store.Leftover) -> List[str]:
+    intent = leftover.intent
+    done: List[str] = []
+    if intent is not None:
+        if intent.host != session.host.hostname or intent.tool_host != socket.gethostname():
+            raise _Left(f"belongs to a run on {intent.tool_host}; run recover there")
+        if intent.phase == "open" and job.exporting(session.host, kept.uuid, intent.socket):
+            raise errors.PointOpen(domain=names.printable(kept.name), since=intent.started)
+        done = _undo(session, intent)
+    elif set(os.listdir(leftover.path)) - {"intent.json", "intent.json.new"}:
+        raise _Left(f"has an unreadable intent; look for checkpoint cbt-{leftover.id} in libvirt")
+    # Without an intent: it is the first thing written, so a run that came no further has touched nothing outside.
+    kept.discard(leftover)
+    return [*done, f"removed staging {leftover.id}"]
 
 
 def _undo(session: Session, intent: manifest.Intent) -> List[str]:
     host = session.host
     uuid = names.DomainUuid(intent.domain.uuid)
     done: List[str] = []
+    # What a guard would still do is done here; a late thaw of its own could hit the next freeze.
+    known = intent.guard if intent.boot_id == processes.boot_id() else None
+    if known and processes.kill(processes.Process(known.pid, known.started)):
+        done.append(f"ended guard process {known.pid}")
     try:
         if intent.phase == "freezing":
             done += quiesce.thaw(host, uuid)
@@ -89,12 +105,3 @@ def retire(session: Session, kept: store.DomainStore) -> List[str]:
     except errors.CbtError as e:
         session.watch.note(f"an older checkpoint stays until the next run: {e}")
         return []
-
-
-def boot_id() -> str:
-    """Which boot of this machine it is."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return "unknown"

@@ -10,7 +10,7 @@ import click
 
 import libvirt_cbt
 from libvirt_cbt import errors
-from libvirt_cbt.cli import output
+from libvirt_cbt.cli import copying, output
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions import results
@@ -40,7 +40,11 @@ Examples:
 @click.option("--compress", type=click.Choice(["zstd", "none"]), default="zstd", show_default=True)
 @click.option("--strict", is_flag=True, help="Exit 3 when there were warnings.")
 @click.option("--wait", metavar="SECONDS", type=click.FloatRange(0), default=0.0, help="For another job to end.")
+@click.option(
+    "--max-duration", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="End the job (14) after that."
+)
 @click.option("--dry-run", is_flag=True, help="Estimate, change nothing.")
+@copying.options
 @click.pass_obj
 def command(settings: output.Settings, /, domains: Tuple[str, ...], every: bool, strict: bool, **options: Any) -> None:
     """Back up running domains: each disk by its changed blocks, or in full with the reason."""
@@ -62,7 +66,8 @@ def command(settings: output.Settings, /, domains: Tuple[str, ...], every: bool,
 
 
 def _one(domain: str, options: Any, session: Any) -> results.Backup:
-    return libvirt_cbt.backup(session, domain, **options)
+    arguments = dict(options)
+    return libvirt_cbt.backup(session, domain, options=copying.taken(arguments), **arguments)
 
 
 def _running(settings: output.Settings) -> List[str]:

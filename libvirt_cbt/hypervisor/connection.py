@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Final, Iterator, List, Optional, TypeVar
+from typing import Any, Callable, Final, Iterator, List, Optional, Tuple, TypeVar
 
 from libvirt_cbt import errors, names
 
@@ -65,7 +65,7 @@ class Host:
             conn = libvirt.open(self._asked)
         except libvirt.libvirtError as e:
             raise errors.NoHypervisor(uri=self._asked or "the default URI", reason=message(e)) from None
-        if ":///embed" not in (self._asked or ""):  # without a daemon there is nothing to keep alive
+        if not _embedded(self._asked or ""):  # without a daemon there is nothing to keep alive
             try:
                 conn.setKeepAlive(*KEEPALIVE)
             except libvirt.libvirtError:
@@ -80,7 +80,8 @@ class Host:
 
     @property
     def embedded(self) -> bool:
-        return ":///embed" in self.uri
+        """Whether QEMU's driver runs inside this process; nobody else can connect to it then."""
+        return _embedded(self.uri)
 
     @property
     def hostname(self) -> str:
@@ -101,7 +102,7 @@ class Host:
             try:
                 return call(self._conn)
             except libvirt.libvirtError as e:
-                if not lost(e, self._conn) or time.monotonic() > deadline:
+                if not self.lost(e) or time.monotonic() > deadline:
                     raise
             self._reconnect(deadline, pause)
             pause = min(pause * 2, 2)
@@ -166,9 +167,20 @@ class Host:
         code = error.get_error_code()
         if code == libvirt.VIR_ERR_NO_DOMAIN:
             return errors.NoSuchDomain(domain=names.printable(domain), uri=self.uri)
-        if lost(error, self._conn):
+        if self.lost(error):
             return errors.NoHypervisor(uri=self.uri, reason=message(error))
         return errors.HypervisorError(reason=message(error))
+
+    def lost(self, error: libvirt.libvirtError) -> bool:
+        """Whether the connection, not the request, is what failed."""
+        if error.get_error_code() in LOST:
+            return True
+        if error.get_error_domain() in (libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE):
+            return True
+        try:
+            return not self._conn.isAlive()
+        except libvirt.libvirtError:
+            return True
 
     @contextmanager
     def translated(self, domain: str) -> Iterator[None]:
@@ -183,13 +195,26 @@ def message(error: libvirt.libvirtError) -> str:
     return names.printable(str(error.get_error_message() or error), 500)
 
 
-def lost(error: libvirt.libvirtError, conn: Any) -> bool:
-    """Whether the connection, not the request, is what failed."""
-    if error.get_error_code() in LOST:
-        return True
-    if error.get_error_domain() in (libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE):
-        return True
-    try:
-        return not conn.isAlive()
-    except libvirt.libvirtError:
-        return True
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """A call that may never come back, given up after `seconds`.  Errors: TimeoutError; those of the call."""
+    outcome: List[Tuple[Optional[T], Optional[BaseException]]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as e:  # noqa: BLE001 -- raised again below, in the thread that asked
+            outcome.append((None, e))
+
+    thread = threading.Thread(target=run, name="libvirt-call", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError
+    found, error = outcome[0]
+    if error:
+        raise error
+    return found  # type: ignore[return-value]
+
+
+def _embedded(uri: str) -> bool:
+    return ":///embed" in uri

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Dict, Final, Optional
+from typing import Callable, Dict, Final, Optional
 
 import libvirt
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.hypervisor import checkpoints, connection, documents
+from libvirt_cbt.hypervisor import checkpoints, connection, documents, domain
 
 OPERATIONS: Final[Dict[int, str]] = {
     1: "a start",
@@ -25,7 +25,15 @@ OPERATIONS: Final[Dict[int, str]] = {
     8: "a dump",
     9: "a backup",
 }
+BLOCK_JOBS: Final[Dict[int, str]] = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "a block pull",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "a block copy",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "a block commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "a block commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP: "a backup",
+}
 END_SECONDS: Final = 60.0
+ABORT_SECONDS: Final = 15.0  # a QEMU that was stopped never answers
 
 
 @dataclass(frozen=True)
@@ -58,21 +66,21 @@ def running(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]:
 
 
 def _block_job(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]:
-    from libvirt_cbt.hypervisor import domain  # a sibling that reads the XML; only needed here
-
     dom = host.lookup(uuid)
-    for disk in domain.read(host, uuid).disks:
+    for target in domain.targets(host, uuid):
         try:
-            info = dom.blockJobInfo(disk.target, 0)
+            info = dom.blockJobInfo(target, 0)
         except libvirt.libvirtError:
             continue
         if info:
-            return Running(f"a block job on disk {disk.target}", None, None)
+            return Running(f"{BLOCK_JOBS.get(info.get('type', 0), 'a block job')} on disk {target}", None, None)
     return None
 
 
-def wait_idle(host: connection.Host, uuid: names.DomainUuid, name: str, seconds: float) -> None:
-    """Returns when the domain has no job.  Errors: DomainBusy when it still has one after `seconds`."""
+def wait_idle(
+    host: connection.Host, uuid: names.DomainUuid, name: str, seconds: float, stop: Callable[[], None] = lambda: None
+) -> None:
+    """Returns when the domain has no job.  Errors: DomainBusy when it still has one after `seconds`; what `stop` raises."""
     deadline = time.monotonic() + seconds
     while True:
         job = running(host, uuid)
@@ -81,7 +89,8 @@ def wait_idle(host: connection.Host, uuid: names.DomainUuid, name: str, seconds:
         if time.monotonic() >= deadline:
             since = "" if job.seconds is None else f" since {job.seconds:.0f} s"
             raise errors.DomainBusy(domain=names.printable(name), job=job.what, since=since)
-        time.sleep(min(0.5, max(0.01, deadline - time.monotonic())))
+        stop()
+        time.sleep(min(0.2, max(0.01, deadline - time.monotonic())))
 
 
 def begin(host: connection.Host, uuid: names.DomainUuid, backup: str, checkpoint: Optional[str], name: str) -> None:
@@ -115,20 +124,23 @@ def end(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
 
     Errors: HypervisorError when it does not go away.
     """
-    job = _ours(host, uuid, socket)
-    if not job:
+    if not exporting(host, uuid, socket):
         return False
     deadline = time.monotonic() + END_SECONDS
     while True:
+        failure: Optional[str] = None
         try:
-            host.lookup(uuid).abortJob()
+            connection.within(ABORT_SECONDS, host.lookup(uuid).abortJob)
         except libvirt.libvirtError as e:
             # Ended by itself meanwhile (a guest that was switched off), or a lost connection: looked at again below.
-            failure: Optional[str] = connection.message(e)
-        else:
-            failure = None
+            failure = connection.message(e)
+        except TimeoutError:
+            raise errors.HypervisorError(
+                reason=f"the QEMU of domain {uuid} does not answer and its backup job goes on; "
+                f"`libvirt-cbt recover {uuid}` ends it once it does"
+            ) from None
         for _ in range(20):
-            if not _ours(host, uuid, socket):
+            if not exporting(host, uuid, socket):
                 return True
             time.sleep(0.02)
         if time.monotonic() > deadline:
@@ -138,15 +150,17 @@ def end(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
             )
 
 
-def _ours(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
-    """Whether the domain's backup job exports on our socket: a path with our random id is the proof of ownership."""
+def exporting(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
+    """Whether the domain's backup job exports on `socket`: a path with our random id is the proof that it is ours."""
     try:
-        dom = host.lookup(uuid)
-        text = host.retry(lambda conn: conn.lookupByUUIDString(uuid).backupGetXMLDesc(0)) if dom else ""
-    except errors.NoSuchDomain:
-        return False
+        text = host.retry(lambda conn: conn.lookupByUUIDString(uuid).backupGetXMLDesc(0))
     except libvirt.libvirtError as e:
-        if connection.lost(e, host._conn):  # noqa: SLF001 -- the same room
+        if host.lost(e):
             raise host.translate(e, uuid) from None
-        return False
+        return False  # no job, or no such domain any more
     return documents.running_job(text).socket == socket
+
+
+def scratch_used(host: connection.Host, uuid: names.DomainUuid) -> int:
+    """Bytes that libvirt says the job's scratch files hold; hangs while QEMU is stopped."""
+    return int(host.lookup(uuid).jobStats().get("disk_temp_used", 0))

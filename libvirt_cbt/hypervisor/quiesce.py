@@ -1,25 +1,30 @@
 """Freezes a guest's file systems around the one moment that matters, and thaws them in every outcome.
 
 libvirt has no freeze inside the transaction of backup and checkpoint, so the
-tool brackets it.  https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainFSFreeze
+tool brackets it, and a guard thaws when the tool cannot.
+https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainFSFreeze
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Callable, Final, List, Optional, TypeVar
+from typing import TYPE_CHECKING, Callable, Final, List, Optional, TypeVar
 
 import libvirt
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.hypervisor import connection
-from libvirt_cbt.hypervisor.domain import Domain
+from libvirt_cbt.hypervisor import connection, domain
+
+if TYPE_CHECKING:
+    from libvirt_cbt.hypervisor.guard import Guard
 
 T = TypeVar("T")
 
 AGENT_SECONDS: Final = 5  # a freeze without this limit blocks until the agent wakes or leaves
+THAW_SECONDS: Final = 2  # with the freeze it stays below the budget
 BUDGET_SECONDS: Final = 8.0  # Windows VSS lets writes go again after 10
+NURSE_PAUSE: Final = 0.25
 _DEFAULT_TIMEOUT: Final = libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK
 
 
@@ -36,60 +41,79 @@ class Quiesced:
 class Quiesce:
     """One freeze and its thaw.  `around` runs the transaction between them and tells what became of it."""
 
-    def __init__(self, host: connection.Host, dom: Domain, requested: str) -> None:
-        self._host, self._domain, self._requested = host, dom, requested
+    def __init__(self, host: connection.Host, dom: domain.Domain, requested: str, guard: Guard) -> None:
+        self._host, self._domain, self._requested, self._guard = host, dom, requested, guard
 
     def around(self, transaction: Callable[[], T]) -> tuple[T, Quiesced]:
         """Errors: NotConsistent with `agent` when the guest cannot be frozen; those of the transaction."""
-        unable = self._unable()
+        unable = unfreezable(self._domain) if self._requested != "none" else None
+        if self._requested != "none" and not unable:
+            unable = self._guard.freezing(BUDGET_SECONDS)
         if self._requested == "agent" and unable:
             raise self._refused(unable)
         if self._requested == "none" or unable:
             return transaction(), Quiesced(self._requested, "none", None, unable)
-        dom = self._host.lookup(self._domain.uuid)
-        _set_timeout(dom, AGENT_SECONDS)
-        reason: Optional[str] = None
-        frozen = thawed = 0
-        begun = time.monotonic()
-        try:
-            try:
-                frozen = dom.fsFreeze()
-            except libvirt.libvirtError as e:
-                reason = connection.message(e)
-                if self._requested == "agent":
-                    raise self._refused(reason) from None
-            result = transaction()
-        finally:
-            # After a failed freeze too: an agent that was merely slow freezes when it wakes.
-            thawed, complaint = self._thaw(dom)
-            _set_timeout(dom, _DEFAULT_TIMEOUT)
-        seconds = time.monotonic() - begun
-        reason = reason or complaint or _judge(frozen, thawed, seconds)
+        result, frozen, thaw, seconds = self._bracketed(transaction)
+        reason = frozen.complaint or thaw.complaint or _judge(frozen.count, thaw.count, seconds)
+        if self._guard.thawed(sure=thaw.complaint is None):
+            reason = f"the thaw watchdog let it go on after {BUDGET_SECONDS:.0f} s"
         if reason and self._requested == "agent":
             raise self._refused(reason)
         state = "failed" if reason else "frozen"
         return result, Quiesced(self._requested, state, round(seconds * 1000, 1), reason)
 
-    def _unable(self) -> Optional[str]:
-        if self._requested == "none":
-            return None
-        if self._domain.state != libvirt.VIR_DOMAIN_RUNNING:
-            return f"the guest is {self._domain.state_name}"
-        if self._domain.agent == "absent":
-            return "it has no guest agent channel (org.qemu.guest_agent.0)"
-        if self._domain.agent != "connected":
-            return "no guest agent answers; install and start qemu-guest-agent in the guest"
-        return None
+    def _bracketed(self, transaction: Callable[[], T]) -> tuple[T, _Answer, _Answer, float]:
+        dom = self._host.lookup(self._domain.uuid)
+        _set_timeout(dom, AGENT_SECONDS)
+        thaw = _Answer(0, "the thaw was not tried")
+        begun = time.monotonic()
+        try:
+            frozen = _asked(dom.fsFreeze, "the freeze failed")
+            if frozen.complaint and self._requested == "agent":
+                raise self._refused(frozen.complaint)
+            result = transaction()
+        except BaseException:
+            self._guard.thawed(sure=self._thaw(dom).complaint is None)
+            raise
+        thaw = self._thaw(dom)
+        return result, frozen, thaw, time.monotonic() - begun
+
+    @staticmethod
+    def _thaw(dom: object) -> _Answer:
+        # After a failed freeze too: an agent that was merely slow freezes when it wakes.
+        _set_timeout(dom, THAW_SECONDS)
+        answer = _asked(dom.fsThaw, "the thaw failed")  # type: ignore[attr-defined]
+        _set_timeout(dom, _DEFAULT_TIMEOUT)
+        return answer
 
     def _refused(self, reason: str) -> errors.NotConsistent:
         return errors.NotConsistent(domain=names.printable(self._domain.name), reason=reason)
 
-    @staticmethod
-    def _thaw(dom: object) -> tuple[int, Optional[str]]:
-        try:
-            return dom.fsThaw(), None  # type: ignore[attr-defined]
-        except libvirt.libvirtError as e:
-            return 0, f"the thaw failed: {connection.message(e)}"
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the agent said: how many file systems, or why not."""
+
+    count: int
+    complaint: Optional[str]
+
+
+def _asked(call: Callable[[], int], failed: str) -> _Answer:
+    try:
+        return _Answer(call(), None)
+    except libvirt.libvirtError as e:
+        return _Answer(0, f"{failed}: {connection.message(e)}")
+
+
+def unfreezable(dom: domain.Domain) -> Optional[str]:
+    """Why a guest's file systems cannot be frozen at all; None when it may be tried."""
+    if dom.state != libvirt.VIR_DOMAIN_RUNNING:
+        return f"the guest is {dom.state_name}"
+    if dom.agent == "absent":
+        return "it has no guest agent channel (org.qemu.guest_agent.0)"
+    if dom.agent != "connected":
+        return "no guest agent answers; install and start qemu-guest-agent in the guest"
+    return None
 
 
 def _set_timeout(dom: object, seconds: int) -> None:
@@ -122,3 +146,25 @@ def thaw(host: connection.Host, uuid: names.DomainUuid) -> List[str]:
     finally:
         _set_timeout(dom, _DEFAULT_TIMEOUT)
     return [f"thawed {count} file systems"] if count else []
+
+
+def nurse(host: connection.Host, uuid: names.DomainUuid, seconds: float, settle: float) -> None:
+    """Thaws until it had an effect; without one for `settle` seconds, as a late freeze may still be on its way.
+
+    An agent that does not answer is asked again for `seconds`: what waits in its queue, a freeze too, comes true when
+    it wakes, and it answers in order.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            dom = host.lookup(uuid)
+            _set_timeout(dom, AGENT_SECONDS)
+            if dom.fsThaw() or time.monotonic() - begun >= settle:
+                break
+        except (libvirt.libvirtError, errors.CbtError):
+            if not domain.alive(host, uuid):
+                return
+        if time.monotonic() - begun >= seconds:
+            break
+        time.sleep(NURSE_PAUSE)
+    _set_timeout(dom, _DEFAULT_TIMEOUT)

@@ -16,7 +16,8 @@ from libvirt_cbt import errors, names, tools
 from libvirt_cbt import places as folders
 
 SOCKET_PATH_MAX: Final = 107
-ROOM_FLOOR: Final = 16 * 1024 * 1024  # a job is not begun with less
+ROOM_FLOOR: Final = 4 * 1024 * 1024  # a job is not begun with less
+RESERVE: Final = 512 * 1024 * 1024  # a job is ended when less is left: a fast guest writes that while it ends
 DEFAULT_DIRECTORY: Final = "/var/lib/libvirt/cbt-scratch"
 
 
@@ -52,14 +53,17 @@ def places(backup: names.BackupId, targets: List[str], scratch_dir: Optional[str
 
 
 @contextmanager
-def made(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, int]]) -> Iterator[None]:
+def made(
+    where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, int]]
+) -> Iterator[Optional[str]]:
     """Makes folder, scratch files (sparse qcow2 of the disks' sizes) and the socket's folder; removes them at the end.
 
-    QEMU's group may enter and make its socket, nobody else: 0730.  Errors: ScratchDenied, ScratchSpace.
+    Yields a warning when the room is less than what a guest could overwrite.  QEMU's group may enter and make its
+    socket, nobody else: 0730.  Errors: ScratchDenied, ScratchSpace.
     """
     try:
         _make(where, sizes, qemu_ids)
-        yield
+        yield _tight(where, sum(sizes.values()))
     finally:
         remove(where)
 
@@ -78,6 +82,17 @@ def _make(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int,
         raise errors.ScratchDenied(directory=directory, reason=e.strerror or str(e)) from None
 
 
+def _tight(where: Places, needed: int) -> Optional[str]:
+    free = room(where.directory)
+    if free >= needed + reserve(free):
+        return None
+    directory = os.path.dirname(where.directory)
+    return (
+        f"{directory} has {free >> 20} MiB free: should the guest overwrite more than {(free - reserve(free)) >> 20} MiB "
+        "during the copy, the backup is ended"
+    )
+
+
 def _make_directories(where: Places, qemu_ids: Optional[Tuple[int, int]]) -> None:
     for path, shared in ((where.run_dir, 0o730), (where.directory, 0o710)):
         parent = os.path.dirname(path)
@@ -88,6 +103,11 @@ def _make_directories(where: Places, qemu_ids: Optional[Tuple[int, int]]) -> Non
         if qemu_ids and os.geteuid() == 0:
             os.chown(path, 0, qemu_ids[1])
             os.chmod(path, shared)
+
+
+def reserve(free: int) -> int:
+    """Bytes that must stay free during a job which begins with `free`."""
+    return min(RESERVE, free // 2)
 
 
 def room(directory: str) -> int:

@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from libvirt_cbt import errors, extents, points
 from libvirt_cbt.repository import npy
 from libvirt_cbt.repository.manifest import Manifest
 
 
-class ChangeIdBroken(errors.TrackingBroken):
-    """A change id from before a run was discarded, or a repository put back from an older copy."""
-
-    template = "change id {point} is not of this repository's history: {reason}; take everything (--since '*')"
-
-
-class LineageBroken(errors.TrackingBroken):
-    template = (
-        "not all changes of disk '{target}' are known: generation {generation} {reason}; take everything (--since '*')"
-    )
-
-
 def by_change_id(generations: Sequence[Manifest], point: points.ChangeId) -> List[Manifest]:
     """The generation of a change id, or none.  Errors: ChangeIdBroken when its number is another moment here."""
     if generations and point.generation > generations[-1].generation:
         reason = f"the newest generation here is {generations[-1].generation}"
-        raise ChangeIdBroken(point=str(point), reason=reason)
+        raise errors.ChangeIdBroken(point=str(point), reason=reason)
     found = [m for m in generations if m.generation == point.generation]
     if found and found[0].id[:8] != point.tag:
         reason = f"generation {point.generation} is backup {found[0].id} here"
-        raise ChangeIdBroken(point=str(point), reason=reason)
+        raise errors.ChangeIdBroken(point=str(point), reason=reason)
     if found and not any(d.lineage == point.lineage for d in found[0].disks):
-        raise ChangeIdBroken(point=str(point), reason="no disk of that generation has this lineage")
+        raise errors.ChangeIdBroken(point=str(point), reason="no disk of that generation has this lineage")
     return found
 
 
 def require_unbroken(generations: Sequence[Manifest], target: str, after: int, until: int, lineage: str) -> None:
-    """Every generation after+1..until is there and has the disk in this lineage.  Errors: LineageBroken."""
+    """Every generation after+1..until is there and has the disk in this lineage.
+
+    Errors: LineageBroken, with the lineages at both ends and the reason that the first break left in its manifest.
+    """
     known = {m.generation: m for m in generations}
     for number in range(after + 1, until + 1):
+        disk = known[number].disk(target) if number in known else None
+        if disk and disk.lineage == lineage:
+            continue
         if number not in known:
-            raise LineageBroken(target=target, generation=number, reason="is not in the repository")
-        disk = known[number].disk(target)
-        if disk is None:
-            raise LineageBroken(target=target, generation=number, reason="does not have this disk")
-        if disk.lineage != lineage:
-            raise LineageBroken(target=target, generation=number, reason="is of another lineage")
+            reason = "is not in the repository"
+        elif disk is None:
+            reason = "does not have this disk"
+        else:
+            reason = "began a new lineage" + (f" ({disk.reason})" if disk.reason else "")
+        raise errors.LineageBroken(
+            target=target,
+            generation=number,
+            reason=reason,
+            since_lineage=lineage,
+            until_lineage=_lineage(known, until, target),
+            broken_by=disk.reason if disk else None,
+        )
+
+
+def _lineage(known: Dict[int, Manifest], number: int, target: str) -> Optional[str]:
+    disk = known[number].disk(target) if number in known else None
+    return disk.lineage if disk else None
 
 
 def newest_backup(generations: Sequence[Manifest], at: Manifest, target: str) -> Optional[Manifest]:

@@ -27,6 +27,8 @@ CheckpointName = Annotated[str, Field(pattern=r"^cbt-[0-9a-f]{16}$")]
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, lt=2**53)]
 
+Phase = Literal["planned", "freezing", "running", "open"]
+
 M = TypeVar("M", bound="Sealed")
 
 
@@ -191,8 +193,18 @@ class RepositoryFile(Sealed):
     id: Hex16
 
 
+class Guard(Model):
+    """The guard process of a run: its pid, and its start time in clock ticks since boot."""
+
+    pid: int
+    started: int
+
+
 class Intent(Sealed):
-    """What a run may have left outside the repository, written before its first effect."""
+    """What a run may have left outside the repository, written before its first effect.
+
+    `phase` says what comes next; `open` is a fleecing point that was left open on purpose.
+    """
 
     id: Hex16
     repository: Hex16
@@ -206,6 +218,7 @@ class Intent(Sealed):
     socket: str = Field(max_length=4096)
     scratch_dir: str = Field(max_length=4096)
     scratch: Dict[TargetName, str]
-    phase: Literal["planned", "freezing", "running"]
+    phase: Phase
     pid: int
+    guard: Optional[Guard] = None
     started: str = Field(max_length=40)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import Any, ContextManager, Dict, Iterator, Literal
+from typing import Any, ContextManager, Dict, Iterator, Optional
 
 import numpy as np
 
-from libvirt_cbt import durable, extents
+from libvirt_cbt import durable, extents, processes
 from libvirt_cbt.repository import npy
-from libvirt_cbt.repository.manifest import Intent, Layers, Manifest
+from libvirt_cbt.repository.manifest import Guard, Intent, Layers, Manifest, Phase
 from libvirt_cbt.repository.store import DomainStore
 
 
@@ -24,9 +24,10 @@ class Staging:
         self.keep = False  # what the run left outside could not be removed: the intent stays for `recover`
         self._writers: Dict[str, npy.Writer] = {}
 
-    def advance(self, phase: Literal["planned", "freezing", "running"]) -> None:
-        """Says durably what comes next, before it is done."""
-        self.intent = self.intent.model_copy(update={"phase": phase})
+    def advance(self, phase: Phase, guard: Optional[processes.Process] = None) -> None:
+        """Says durably what comes next, before it is done, and which process guards it."""
+        known = Guard(pid=guard.pid, started=guard.started) if guard else None
+        self.intent = self.intent.model_copy(update={"phase": phase, "guard": known})
         with self._explained():
             durable.replace(os.path.join(self.path, "intent.json"), self.intent.dump())
 

@@ -204,7 +204,7 @@ class DomainStore:
     def resolve(self, point: points.Point) -> Manifest:
         """The generation that a point names.  Errors: NoSuchBackup; Usage for an ambiguous prefix;
 
-        history.ChangeIdBroken for a change id whose number stands for another moment here.
+        ChangeIdBroken for a change id whose number stands for another moment here.
         """
         generations = self.generations()
         if isinstance(point, points.Latest):
@@ -224,6 +224,10 @@ class DomainStore:
         if not found:
             raise errors.NoSuchBackup(domain=self.name, point=str(point), repository=self.repository.path)
         return found[0]
+
+    def next_generation(self) -> int:
+        generations = self.generations()
+        return generations[-1].generation + 1 if generations else 1
 
     def newest_backup(self, manifest: Manifest, target: str) -> Optional[Manifest]:
         """The newest generation up to `manifest` that holds data of a disk in its lineage."""
@@ -257,7 +261,7 @@ class DomainStore:
         """The deltas of generations after+1..until as readers, oldest first.
 
         With `lineage` each of them must be there and have the disk in that lineage: only then is the union all that
-        was written.  Errors: Damaged; history.LineageBroken.
+        was written.  Errors: Damaged; LineageBroken.
         """
         if lineage is not None:
             history.require_unbroken(self.generations(), target, after, until, lineage)

@@ -11,7 +11,7 @@ from typing import Callable, List
 import pytest
 
 from libvirt_cbt import errors, extents, names, points
-from libvirt_cbt.repository import history, manifest, npy, staging, store
+from libvirt_cbt.repository import manifest, npy, staging, store
 from tests.unit import repository_samples as samples
 
 Repository = store.Repository
@@ -313,7 +313,7 @@ def test_change_ids_of_another_history(kept: store.DomainStore, what: str) -> No
     made = samples.publish(kept)
     lineage = names.new_lineage() if what == "lineage" else samples.LINEAGE
     tag = "00000000" if what == "tag" else made.id[:8]
-    with pytest.raises(history.ChangeIdBroken) as caught:
+    with pytest.raises(errors.ChangeIdBroken) as caught:
         kept.resolve(points.ChangeId(lineage, 2 if what == "future" else 1, tag))
     assert isinstance(caught.value, errors.TrackingBroken)
     assert caught.value.code == 12
@@ -360,7 +360,7 @@ def test_deltas_across_a_break(kept: store.DomainStore, how: str) -> None:
     if how == "gone":
         os.rename(kept.directory(made[1].id), os.path.join(kept.repository.path, "away"))
     target = "vdb" if how == "disk" else "vda"
-    with pytest.raises(history.LineageBroken) as caught, again(kept).deltas(target, 1, 3, lineage=samples.LINEAGE):
+    with pytest.raises(errors.LineageBroken) as caught, again(kept).deltas(target, 1, 3, lineage=samples.LINEAGE):
         pass
     assert caught.value.code == 12
 

@@ -1,0 +1,230 @@
+"""The fleecing point: one frozen moment of all disks, open for reading, and how it ends.
+
+`backup`, `mark` and `start` begin here: plan, intent, scratch, freeze, begin, thaw.
+docs/architecture.md has the write order, and what a crash after each step leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Iterator, List, Optional, Tuple
+
+from libvirt_cbt import errors, names, processes
+from libvirt_cbt.actions import planning
+from libvirt_cbt.actions.planning import DiskPlan
+from libvirt_cbt.actions.session import Session
+from libvirt_cbt.hypervisor import checkpoints, connection, documents, domain, guard, job, quiesce, scratch
+from libvirt_cbt.repository import manifest, staging, store
+
+QUIESCE = ("auto", "agent", "none")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a generation; `mark`: no data.  `max_duration` is in seconds."""
+
+    mark: bool = False
+    full: bool = False
+    disks: Tuple[str, ...] = ()
+    exclude: Tuple[str, ...] = ()
+    quiesce: str = "auto"
+    scratch_dir: Optional[str] = None
+    max_duration: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        if self.quiesce not in QUIESCE:
+            raise errors.Usage(reason=f"quiesce is one of {', '.join(QUIESCE)}, not '{self.quiesce}'")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a generation before its first effect."""
+
+    host: connection.Host
+    dom: domain.Domain
+    request: Request
+    disks: List[DiskPlan]
+    unprotected: List[manifest.Unprotected]
+    places: scratch.Places
+    intent: manifest.Intent
+    generation: int
+    checkpoint: Optional[str]
+
+
+def running(host: connection.Host, uuid: names.DomainUuid) -> domain.Domain:
+    """The domain as it runs.  Errors: NotRunning."""
+    dom = domain.read(host, uuid)
+    if not dom.running:
+        raise errors.NotRunning(domain=names.printable(dom.name), state=dom.state_name)
+    return dom
+
+
+def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, request: Request) -> Plan:
+    """Decides everything that can be decided beforehand; changes nothing.  Errors: those of planning.plan."""
+    host = session.host
+    disks, unprotected = planning.plan(
+        dom,
+        kept,
+        checkpoints.listed(host, dom.uuid),
+        full=request.full,
+        only=request.disks,
+        exclude=request.exclude,
+        mark=request.mark,
+    )
+    identity = names.new_backup_id()
+    places = scratch.places(identity, [d.target for d in disks], request.scratch_dir)
+    tracked = any(not d.disk.untracked for d in disks)
+    intent = manifest.Intent(
+        id=identity,
+        repository=kept.repository.id,
+        domain=manifest.DomainName(uuid=dom.uuid, name=dom.name),
+        host=host.hostname,
+        tool_host=socket.gethostname(),
+        boot_id=processes.boot_id(),
+        uri=host.uri,
+        checkpoint=names.checkpoint(identity),
+        run_dir=places.run_dir,
+        socket=places.socket,
+        scratch_dir=places.directory,
+        scratch=places.scratch,
+        phase="planned",
+        pid=os.getpid(),
+        started=now(),
+    )
+    return Plan(
+        host, dom, request, disks, unprotected, places, intent,
+        generation=kept.next_generation(),
+        checkpoint=names.checkpoint(identity) if tracked else None,
+    )  # fmt: skip
+
+
+class Fleece:
+    """An open fleecing point; made by `opened`, closed by `close`."""
+
+    def __init__(self, session: Session, plan: Plan, stage: staging.Staging, watcher: guard.Guard) -> None:
+        self.plan, self.stage = plan, stage
+        self._session, self._guard = session, watcher
+        self.quiesced = quiesce.Quiesced(plan.request.quiesce, "none", None, None)
+        self.started = self.frozen_at = now()
+        self._begun = time.monotonic()
+        self.warnings: List[str] = []
+
+    def begin(self) -> None:
+        """Freeze, begin, thaw.  Errors: NotConsistent, HypervisorError."""
+        plan = self.plan
+        if plan.request.quiesce != "none" and not quiesce.unfreezable(plan.dom):
+            self._guard.wait_ready()
+        self._guard.watch(plan.places)
+        self.stage.advance("freezing", guard=self._guard.process)
+        bracket = quiesce.Quiesce(plan.host, plan.dom, plan.request.quiesce, self._guard)
+        _, self.quiesced = bracket.around(lambda: _begin(plan))
+        self.frozen_at = now()
+        self._begun = time.monotonic()
+        self.stage.advance("running", guard=self._guard.process)
+
+    def stop(self) -> None:
+        """To be asked often during a copy.  Errors: Interrupted, ScratchExhausted, TookTooLong."""
+        self._session.watch.stop()
+        self._guard.check()
+        limit = self.plan.request.max_duration
+        if limit is not None and time.monotonic() - self._begun > limit:
+            raise errors.TookTooLong(domain=names.printable(self.plan.dom.name), seconds=limit)
+
+    def alive(self) -> bool:
+        """Whether what is exported is still this moment: only the job that exports on our socket holds it."""
+        return job.exporting(self.plan.host, self.plan.dom.uuid, self.plan.places.socket)
+
+    def lost(self, error: errors.CbtError) -> errors.CbtError:
+        """Why a copy really failed: the guard or the guest may have ended the job under it."""
+        try:
+            self._guard.check()
+        except errors.ScratchExhausted as e:
+            return e
+        target = error.facts.get("target") or error.facts.get("export")
+        if not domain.alive(self.plan.host, self.plan.dom.uuid):
+            return errors.SourceLost(target=target, reason="the guest was switched off or its QEMU died")
+        if not self.alive():
+            return errors.SourceLost(target=target, reason="somebody else ended the backup job")
+        return error
+
+    def close(self) -> None:
+        """Ends the job, which must have lasted until now, and removes what it needed on disk.
+
+        Whoever else ended it (the guard, an administrator) let the guest change what was still being read.
+        Errors: ScratchExhausted, SourceLost.
+        """
+        plan = self.plan
+        if not job.end(plan.host, plan.dom.uuid, plan.places.socket):
+            gone = errors.SourceLost(target=plan.disks[0].target, reason="the backup job ended before the copy did")
+            raise self.lost(gone)
+        self._guard.check()
+        scratch.remove(plan.places)  # before publication: the intent that names these files goes with it
+
+    def stay(self) -> None:
+        """Leaves the point open when this process ends; the guard goes on."""
+        self.stage.advance("open", guard=self._guard.process)
+        self._guard.stay()
+
+
+@contextmanager
+def opened(session: Session, kept: store.DomainStore, plan: Plan) -> Iterator[Fleece]:
+    """The open point; whatever fails inside undoes job, checkpoint, scratch and staging.
+
+    Errors: NotConsistent, ScratchSpace, ScratchDenied, HypervisorError, RepositoryError and kin.
+    """
+    sizes = {d.target: d.disk.capacity for d in plan.disks}
+    # Left in this order, inside out: the job ends and the checkpoint goes before the scratch files it writes to.
+    with guard.Guard(plan.host, plan.dom.uuid) as watcher, staging.begun(kept, plan.intent) as stage:
+        with scratch.made(plan.places, sizes, plan.dom.qemu_ids) as tight:
+            fleece = Fleece(session, plan, stage, watcher)
+            if tight:
+                fleece.warnings.append(tight)
+            with _undone_on_error(plan, stage):
+                session.watch.stop()
+                fleece.begin()
+                yield fleece
+
+
+@contextmanager
+def _undone_on_error(plan: Plan, stage: staging.Staging) -> Iterator[None]:
+    """Ends the job and removes the new checkpoint when anything fails before the generation is published."""
+    try:
+        yield
+    except BaseException:
+        if not stage.published:
+            try:
+                job.end(plan.host, plan.dom.uuid, plan.places.socket)
+                checkpoints.delete(plan.host, plan.dom.uuid, plan.intent.checkpoint)
+            except errors.CbtError:
+                stage.keep = True  # the guest is off, or the daemon: `recover` does it from the intent
+        raise
+
+
+def _begin(plan: Plan) -> None:
+    rows = []
+    disks = {d.target: d for d in plan.disks}
+    for disk in plan.dom.disks:  # every disk of the domain is named: libvirt silently leaves out the others
+        one = disks.get(disk.target)
+        rows.append(
+            documents.JobDisk(
+                target=disk.target,
+                scratch=plan.places.scratch[disk.target] if one else None,
+                tracked=bool(one and not disk.untracked),
+                incremental=one.checkpoint if one else None,
+            )
+        )
+    checkpoint = None
+    if plan.checkpoint:
+        checkpoint = documents.checkpoint(plan.checkpoint, documents.description(plan.intent.repository), rows)
+    document = documents.backup(plan.places.socket, rows)
+    job.begin(plan.host, plan.dom.uuid, document, checkpoint, plan.intent.checkpoint)
+
+
+def now() -> str:
+    """This moment as manifests write it: ISO 8601, UTC, milliseconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,104 @@
+"""Reads an open fleecing point into staging: every disk's delta, and the layers of those that are copied."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Dict, Iterator, List, Optional
+
+from libvirt_cbt import errors, extents
+from libvirt_cbt.actions.fleecing import Fleece
+from libvirt_cbt.actions.planning import DiskPlan
+from libvirt_cbt.actions.session import Session
+from libvirt_cbt.hypervisor import documents, job
+from libvirt_cbt.nbdio import copy, qcow2, server
+from libvirt_cbt.nbdio.lanes import Options
+from libvirt_cbt.repository import manifest, npy, store
+
+
+@dataclass(frozen=True)
+class Read:
+    """One disk as it was read: counts, the record of its delta, and that of its layer if it has one."""
+
+    counts: copy.Pulled
+    delta: manifest.Delta
+    layer: Optional[manifest.LayerEntry]
+
+
+def pulled(
+    session: Session, kept: store.DomainStore, fleece: Fleece, options: Options, *, compress: bool = True
+) -> Dict[str, Read]:
+    """Reads all disks at once; by target.  Errors: those of copy.pull, of `fleece.stop`, Damaged."""
+    plan = fleece.plan
+    running = job.exports(plan.host, plan.dom.uuid)
+    with ExitStack() as stack:
+        deltas: Dict[str, npy.Writer] = {}
+        contents: Dict[str, npy.Writer] = {}
+        pulls = []
+        for disk in plan.disks:
+            deltas[disk.target] = fleece.stage.deltas(disk.target)
+            sink = None
+            if disk.copy != copy.NOTHING:
+                contents[disk.target] = fleece.stage.contents(disk.target)
+                sink = stack.enter_context(_sink(fleece, disk, compress=compress))
+            # Only an increment copies what marks since its parent recorded; for the others the range is empty.
+            after = disk.since if disk.copy == copy.DIRTY else disk.base or 0
+            earlier = stack.enter_context(kept.deltas(disk.target, after, disk.base or 0, lineage=disk.lineage))
+            export = documents.require(running, disk.target)
+            bitmap = export.bitmap or f"cbt-{disk.target}"
+            pulls.append(
+                copy.Pull(
+                    target=disk.target,
+                    source=server.Endpoint(plan.places.socket, export.export),
+                    capacity=disk.disk.capacity,
+                    bitmap=f"qemu:dirty-bitmap:{bitmap}" if disk.base else None,
+                    copy=disk.copy,
+                    expected=disk.estimate,
+                    sink=sink,
+                    also=earlier.union,
+                    delta=deltas[disk.target].append,
+                    contents=contents[disk.target].append if sink else _nowhere,
+                )
+            )
+        counts = _pull(session, fleece, pulls, options)
+    return {
+        disk.target: _finished(fleece, disk, one, deltas[disk.target], contents.get(disk.target))
+        for disk, one in zip(plan.disks, counts)
+    }
+
+
+def _nowhere(_: extents.Extents) -> None:
+    """A mark stores no runs."""
+
+
+@contextmanager
+def _sink(fleece: Fleece, disk: DiskPlan, *, compress: bool) -> Iterator[copy.Sink]:
+    path = fleece.stage.layer(disk.target)
+    backing = store.layer_backing(disk.parent, disk.target)
+    qcow2.create_layer(path, disk.disk.capacity, backing=backing, compress=compress)
+    with server.sink(path, fleece.plan.places.run_dir, compress=compress) as endpoint:
+        yield copy.Sink(endpoint, path, has_parent=disk.parent is not None)
+
+
+def _pull(session: Session, fleece: Fleece, pulls: List[copy.Pull], options: Options) -> List[copy.Pulled]:
+    try:
+        return copy.pull(pulls, options, progress=session.watch.progress, stop=fleece.stop)
+    except (errors.SourceLost, errors.NbdError) as e:
+        raise fleece.lost(e) from None
+
+
+def _finished(
+    fleece: Fleece, disk: DiskPlan, counts: copy.Pulled, delta: npy.Writer, contents: Optional[npy.Writer]
+) -> Read:
+    digest, rows = delta.finish()
+    layer = None
+    if contents:
+        qcow2.finish_layer(fleece.stage.layer(disk.target), disk.disk.capacity)
+        layer = manifest.LayerEntry(
+            file=f"{disk.target}.qcow2",
+            parent=disk.parent,
+            contents=os.path.basename(contents.path),
+            digest=contents.finish()[0],
+        )
+    return Read(counts, manifest.Delta(digest=digest, extents=rows), layer)

@@ -1,0 +1,127 @@
+"""A generation written down: its manifest from what was planned and read, and the manifest shown as a result."""
+
+from __future__ import annotations
+
+import os
+from typing import Dict, List, Tuple
+
+import libvirt_cbt
+from libvirt_cbt import names
+from libvirt_cbt.actions import fleecing, results
+from libvirt_cbt.actions.fleecing import Fleece
+from libvirt_cbt.actions.planning import DiskPlan
+from libvirt_cbt.actions.pulling import Read
+from libvirt_cbt.nbdio import copy, qcow2
+from libvirt_cbt.repository import manifest
+
+
+def recorded(fleece: Fleece, reads: Dict[str, Read]) -> Tuple[manifest.Manifest, manifest.Layers]:
+    """The documents that publish a generation; adds the domain's XML to staging."""
+    plan = fleece.plan
+    files = {"domain.xml": fleece.stage.add("domain.xml", plan.dom.xml.encode())}
+    modes = {d.mode for d in plan.disks if d.copy != copy.NOTHING}
+    made = manifest.Manifest(
+        id=plan.intent.id,
+        repository=plan.intent.repository,
+        domain=plan.intent.domain,
+        generation=plan.generation,
+        checkpoint=plan.checkpoint,
+        kind=("mark" if not modes else modes.pop() if len(modes) == 1 else "mixed"),  # type: ignore[arg-type]
+        started=fleece.started,
+        frozen_at=fleece.frozen_at,
+        finished=fleecing.now(),
+        host=plan.intent.host,
+        uri=plan.intent.uri,
+        tool=libvirt_cbt.__version__,
+        quiesce=manifest.Quiesce(
+            requested=fleece.quiesced.requested,  # type: ignore[arg-type]
+            result=fleece.quiesced.result,  # type: ignore[arg-type]
+            frozen_ms=fleece.quiesced.frozen_ms,
+        ),
+        disks=[_disk(fleece, disk, reads[disk.target]) for disk in plan.disks],
+        unprotected=plan.unprotected,
+        files=files,
+        warnings=_warnings(fleece),
+    )
+    entries = {target: read.layer for target, read in reads.items() if read.layer}
+    return made, manifest.Layers(backup=plan.intent.id, disks=entries)
+
+
+def _disk(fleece: Fleece, plan: DiskPlan, read: Read) -> manifest.ManifestDisk:
+    disk = plan.disk
+    local_qcow2 = disk.format == "qcow2" and bool(disk.inodes)
+    return manifest.ManifestDisk(
+        target=disk.target,
+        mode=plan.mode,  # type: ignore[arg-type]
+        reason=plan.reason,
+        base=plan.base,
+        parent=plan.parent,
+        lineage=plan.lineage,
+        capacity=disk.capacity,
+        granularity=qcow2.granularity(disk.source) if local_qcow2 else None,
+        source=manifest.Source(
+            type=disk.source_type,
+            path=disk.source,
+            format=disk.format,
+            inode=disk.inodes[0] if disk.inodes else None,
+        ),
+        serial=disk.serial,
+        wwn=disk.wwn,
+        delta=read.delta,
+        change_id=names.change_id(plan.lineage, fleece.plan.generation, fleece.plan.intent.id),
+        dirty_bytes=read.counts.dirty_bytes,
+        data_bytes=read.counts.data_bytes,
+        zero_bytes=read.counts.zero_bytes,
+        read_bytes=read.counts.read_bytes,
+        stored_bytes=os.stat(fleece.stage.layer(disk.target)).st_blocks * 512 if read.layer else 0,
+    )
+
+
+def _warnings(fleece: Fleece) -> List[str]:
+    found = list(fleece.warnings)
+    if fleece.quiesced.reason and fleece.plan.request.quiesce == "auto":
+        found.append(f"crash-consistent only: {fleece.quiesced.reason}")
+    for plan in fleece.plan.disks:
+        first = plan.reason is None or plan.reason.startswith(("first backup", "asked for"))
+        if not first and plan.copy == copy.ALL:
+            found.append(f"disk {plan.target} was copied in full: {plan.reason}")
+        elif not first and plan.base is None:
+            found.append(f"disk {plan.target} begins a new lineage: {plan.reason}")
+    return found
+
+
+def backup_result(made: manifest.Manifest, seconds: float) -> results.Backup:
+    """What `backup` returns for a published generation."""
+    return results.Backup(
+        domain=made.domain.name,
+        uuid=made.domain.uuid,
+        backup=made.id,
+        generation=made.generation,
+        checkpoint=made.checkpoint,
+        quiesce=results.Quiesced(made.quiesce.requested, made.quiesce.result, made.quiesce.frozen_ms),
+        disks=[disk_result(d) for d in made.disks],
+        unprotected=unprotected_result(made.unprotected),
+        seconds=seconds,
+        warnings=list(made.warnings),
+    )
+
+
+def disk_result(disk: manifest.ManifestDisk) -> results.BackupDisk:
+    return results.BackupDisk(
+        target=disk.target,
+        mode=disk.mode,
+        reason=disk.reason,
+        base=disk.base,
+        parent=disk.parent,
+        capacity=disk.capacity,
+        dirty_bytes=disk.dirty_bytes,
+        data_bytes=disk.data_bytes,
+        zero_bytes=disk.zero_bytes,
+        read_bytes=disk.read_bytes,
+        stored_bytes=disk.stored_bytes,
+        change_id=disk.change_id,
+    )
+
+
+def unprotected_result(unprotected: List[manifest.Unprotected]) -> List[results.Unprotected]:
+    return [results.Unprotected(u.target, u.reason) for u in unprotected]

@@ -1,0 +1,34 @@
+"""The options of every command that copies, made into one value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Callable, Dict, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from libvirt_cbt.nbdio.lanes import Options
+
+F = TypeVar("F", bound=Callable[..., Any])
+NAMES = ("requests", "request_size", "connections", "stall_seconds")
+
+
+def options(function: F) -> F:
+    """Adds --requests, --request-size, --connections and --stall-timeout."""
+    for add in (
+        click.option("--stall-timeout", "stall_seconds", metavar="SECONDS", type=click.FloatRange(min=1),
+                     help="Give up (13) when nothing moves for so long [300]."),
+        click.option("--connections", metavar="N", type=int, help="NBD connections per disk [1]."),
+        click.option("--request-size", metavar="BYTES", type=int, help="Of one read, a multiple of 64 KiB [262144]."),
+        click.option("--requests", metavar="N", type=int, help="Reads in flight per disk [8]."),
+    ):  # fmt: skip
+        function = add(function)
+    return function
+
+
+def taken(arguments: Dict[str, Any]) -> Options:
+    """Takes those options out of a command's arguments.  Errors: Usage for values out of range."""
+    from libvirt_cbt.nbdio.lanes import Options
+
+    given = {name: arguments.pop(name) for name in NAMES}
+    return Options(**{name: value for name, value in given.items() if value is not None})

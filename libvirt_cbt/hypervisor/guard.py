@@ -1,0 +1,159 @@
+"""The tool's end of its guard: a small process that thaws the guest and ends the job when the tool cannot.
+
+It is started before the first effect and holds a pipe.  When the pipe ends, however
+hard the tool was killed, it thaws the guest and ends our job; while the tool lives
+it minds the time a guest stays frozen and the room that the scratch files have.
+`guardian` is the process; the two talk in lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from typing import Any, Dict, Final, List, Optional
+
+from libvirt_cbt import errors, names, processes
+from libvirt_cbt.hypervisor import connection, scratch
+
+READY_SECONDS: Final = 15.0
+ANSWER_SECONDS: Final = 5.0
+PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# Ours alone: neither the user's PYTHON variables nor the working directory decide what a guard runs.
+PROGRAM: Final = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from libvirt_cbt.hypervisor import guardian; guardian.main(sys.argv[2:])"
+)
+
+
+class Guard:
+    """One guardian; a context manager that lets it go.
+
+    Where there can be none (the embedded driver belongs to one process) `absent` says why, and nothing is guarded.
+    """
+
+    def __init__(self, host: connection.Host, uuid: names.DomainUuid) -> None:
+        self.absent: Optional[str] = None
+        self._process: Optional[subprocess.Popen[bytes]] = None
+        self._pending = b""
+        self._full: Optional[int] = None  # bytes that were free when the guardian ended the job
+        self._fired = False
+        self._ready = False
+        self._directory = ""
+        if host.embedded:
+            self.absent = "the embedded driver has no second connection for a thaw watchdog"
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", PROGRAM, PACKAGE, host.uri, uuid],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal is the tool's, and so is the end of its session
+            cwd="/",
+        )
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def process(self) -> Optional[processes.Process]:
+        """Which process it is, for the intent."""
+        return processes.identify(self._process.pid) if self._process else None
+
+    def wait_ready(self) -> Optional[str]:
+        """Why it cannot guard, or None once it has its own connection to libvirt."""
+        if not self.absent and not self._ready:
+            answer = self._answer("ready", READY_SECONDS)
+            self._ready = answer is not None
+            if not self._ready:
+                self.absent = "the thaw watchdog did not start"
+        return self.absent
+
+    def freezing(self, budget: float) -> Optional[str]:
+        """Tells it that a freeze comes and how many seconds it may last; why it must not be, or None."""
+        reason = self.wait_ready()
+        if reason:
+            return reason
+        self._say(do="freeze", budget=budget)
+        return None if self._answer("armed", ANSWER_SECONDS) else "the thaw watchdog does not answer"
+
+    def thawed(self, *, sure: bool) -> bool:
+        """The thaw is done, or (not `sure`) failed and is the guardian's from here on; whether it had fired before."""
+        if self._process and self._ready:
+            self._say(do="thawed" if sure else "nurse")
+            self._answer("disarmed", ANSWER_SECONDS)
+        return self._fired
+
+    def watch(self, where: scratch.Places) -> None:
+        """From now on the job that exports on our socket ends when the scratch files' room runs out, or with us."""
+        self._directory = os.path.dirname(where.directory)
+        if self.wait_ready() is None:
+            free = scratch.room(where.directory)
+            self._say(do="watch", socket=where.socket, directory=where.directory, reserve=scratch.reserve(free))
+            self._answer("watching", ANSWER_SECONDS)
+
+    def stay(self) -> None:
+        """It outlives the tool and guards the job until that has ended."""
+        self._say(do="stay")
+        self._answer("staying", ANSWER_SECONDS)
+
+    def check(self) -> None:
+        """Errors: ScratchSpace when it had to end the job for lack of room."""
+        self._read(0)
+        if self._full is not None:
+            raise errors.ScratchExhausted(directory=self._directory, free=self._full)
+
+    def release(self) -> None:
+        """Ends it in order; while it still nurses a guest that does not answer it goes on alone."""
+        if self._process is None:
+            return
+        self._say(do="release")
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                try:
+                    stream.close()
+                except OSError:
+                    pass
+        try:
+            self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self._process.returncode = 0  # it belongs to nobody from here on: no warning about a child left running
+        self._process = None
+
+    def _say(self, **words: Any) -> None:
+        if self._process and self._process.stdin:
+            try:
+                self._process.stdin.write(json.dumps(words).encode() + b"\n")
+                self._process.stdin.flush()
+            except OSError:
+                pass  # it died: the next answer does not come
+
+    def _answer(self, wanted: str, seconds: float) -> Optional[Dict[str, Any]]:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for line in self._read(deadline - time.monotonic()):
+                if line.get("is") == wanted:
+                    return line
+            if self._process is None or self._process.poll() is not None:
+                return None
+        return None
+
+    def _read(self, seconds: float) -> List[Dict[str, Any]]:
+        """What it has said; its notices are remembered."""
+        if self._process is None or self._process.stdout is None:
+            return []
+        if select.select([self._process.stdout], [], [], max(0.0, seconds))[0]:
+            self._pending += os.read(self._process.stdout.fileno(), 65536)
+        *lines, self._pending = self._pending.split(b"\n")
+        said = [json.loads(line) for line in lines if line]
+        for line in said:
+            if line["is"] == "fired":
+                self._fired = True
+            elif line["is"] == "full":
+                self._full = int(line["free"])
+        return said

@@ -1,0 +1,61 @@
+"""Which process is which: a pid alone may be another's tomorrow, a pid with its start time is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Optional
+
+
+@dataclass(frozen=True)
+class Process:
+    """`started` is the kernel's start time, in clock ticks since boot: good within one boot."""
+
+    pid: int
+    started: int
+
+
+def identify(pid: int) -> Optional[Process]:
+    """The process that has this pid now; None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name may hold anything, spaces and brackets too: fields are counted from its end.
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == b"Z" else Process(pid, int(fields[19]))
+
+
+def alive(process: Process) -> bool:
+    return identify(process.pid) == process
+
+
+def kill(process: Process, seconds: float = 5.0) -> bool:
+    """SIGKILL for exactly this process, never for another that got its pid; whether there was one."""
+    try:
+        fd = os.pidfd_open(process.pid)
+    except OSError:
+        return False
+    try:
+        if not alive(process):
+            return False
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+    deadline = time.monotonic() + seconds
+    while alive(process) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return True
+
+
+def boot_id() -> str:
+    """Which boot of this machine it is."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
