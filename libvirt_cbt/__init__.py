@@ -18,13 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions.backup import backup
+    from libvirt_cbt.actions.changed import changed
     from libvirt_cbt.actions.doctor import doctor
+    from libvirt_cbt.actions.heatmap import heatmap
     from libvirt_cbt.actions.init import init
     from libvirt_cbt.actions.listing import generations, show
+    from libvirt_cbt.actions.mark import mark
     from libvirt_cbt.actions.recover import recover
     from libvirt_cbt.actions.restore import restore
     from libvirt_cbt.actions.session import Session, Watch
+    from libvirt_cbt.actions.start import start
     from libvirt_cbt.actions.status import status
+    from libvirt_cbt.actions.stop import stop
     from libvirt_cbt.actions.untrack import untrack
     from libvirt_cbt.actions.verify import verify
 
@@ -34,13 +39,18 @@ __all__ = [
     "Session",
     "Watch",
     "backup",
+    "changed",
     "doctor",
     "generations",
+    "heatmap",
     "init",
+    "mark",
     "recover",
     "restore",
     "show",
+    "start",
     "status",
+    "stop",
     "untrack",
     "verify",
 ]

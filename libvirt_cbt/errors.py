@@ -67,6 +67,10 @@ class NoRepository(NotFound):
     template = "no repository at {repository}; make one with `libvirt-cbt -r {repository} init`, or check the path"
 
 
+class NoPointOpen(NotFound):
+    template = "no fleecing point of domain '{domain}' is open; `libvirt-cbt start {domain}` opens one"
+
+
 # 11: busy
 
 

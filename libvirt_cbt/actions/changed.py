@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Generator, Iterator, Optional, Union
+from typing import Final, Generator, Iterator, List, Optional, Union
 
 from libvirt_cbt import errors, extents, points
 from libvirt_cbt.actions.session import Session
@@ -19,9 +19,9 @@ class Pages(Iterator[extents.Extents]):
     """
 
     def __init__(self, session: Session, span: changes.Span, start: int, most: Optional[int]) -> None:
-        self._rows = self._read(session, span, start, most)
-        self._finished = False
-        self._resume: Optional[int] = None
+        # Not a method: its frame would hold this object, and files would stay open until a cycle is collected.
+        self._ended: List[Optional[int]] = []
+        self._rows = _read(session, span, start, most, self._ended)
 
     def __next__(self) -> extents.Extents:
         return next(self._rows)
@@ -33,24 +33,27 @@ class Pages(Iterator[extents.Extents]):
     @property
     def next_offset(self) -> Optional[int]:
         """Where to go on, once all pages were taken: `start_offset` of the next call; None when nothing is left."""
-        if not self._finished:
+        if not self._ended:
             raise ValueError("next_offset is known when the last page was taken")
-        return self._resume
+        return self._ended[0]
 
-    def _read(self, session: Session, span: changes.Span, start: int, most: Optional[int]) -> Generator[extents.Extents, None, None]:
-        left, end = most, start
-        for page in union.union(span.sources, start, span.disk.capacity):
-            session.watch.stop()
-            rows = page if left is None else page[:left]
-            if len(rows):
-                end = int(extents.ends(rows[-1:])[0])
-                yield rows
-            if left is not None:
-                left -= len(rows)
-                if len(rows) < len(page):
-                    self._resume = end
-                    break
-        self._finished = True
+
+def _read(
+    session: Session, span: changes.Span, start: int, most: Optional[int], ended: List[Optional[int]]
+) -> Generator[extents.Extents, None, None]:
+    left, end = most, start
+    for page in union.union(span.sources, start, span.disk.capacity):
+        session.watch.stop()
+        rows = page if left is None else page[:left]
+        if len(rows):
+            end = int(extents.ends(rows[-1:])[0])
+            yield rows
+        if left is not None:
+            left -= len(rows)
+            if len(rows) < len(page):
+                ended.append(end)
+                return
+    ended.append(None)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from libvirt_cbt import errors, names, processes
 from libvirt_cbt.actions import planning
@@ -103,22 +103,36 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Exported:
+    """An NBD export of a disk at the fleecing point; `bitmap` is None where everything counts as changed."""
+
+    socket: str
+    export: str
+    bitmap: Optional[str]
+
+    @property
+    def context(self) -> Optional[str]:
+        """The meta context of the bitmap."""
+        return f"qemu:dirty-bitmap:{self.bitmap}" if self.bitmap else None
+
+
 class Fleece:
     """An open fleecing point; made by `opened`, closed by `close`."""
 
-    def __init__(self, session: Session, plan: Plan, stage: staging.Staging, watcher: guard.Guard) -> None:
+    def __init__(
+        self, session: Session, plan: Plan, stage: staging.Staging, files: scratch.Made, watcher: guard.Guard
+    ) -> None:
         self.plan, self.stage = plan, stage
-        self._session, self._guard = session, watcher
+        self._session, self._files, self._guard = session, files, watcher
         self.quiesced = quiesce.Quiesced(plan.request.quiesce, "none", None, None)
         self.started = self.frozen_at = now()
         self._begun = time.monotonic()
-        self.warnings: List[str] = []
+        self.warnings = [files.tight] if files.tight else []
 
     def begin(self) -> None:
         """Freeze, begin, thaw.  Errors: NotConsistent, HypervisorError."""
         plan = self.plan
-        if plan.request.quiesce != "none" and not quiesce.unfreezable(plan.dom):
-            self._guard.wait_ready()
         self._guard.watch(plan.places)
         self.stage.advance("freezing", guard=self._guard.process)
         bracket = quiesce.Quiesce(plan.host, plan.dom, plan.request.quiesce, self._guard)
@@ -126,6 +140,16 @@ class Fleece:
         self.frozen_at = now()
         self._begun = time.monotonic()
         self.stage.advance("running", guard=self._guard.process)
+
+    def exported(self) -> Dict[str, Exported]:
+        """Where each disk can be read, by target."""
+        running = job.exports(self.plan.host, self.plan.dom.uuid)
+        found = {}
+        for disk in self.plan.disks:
+            export = documents.require(running, disk.target)
+            bitmap = (export.bitmap or f"cbt-{disk.target}") if disk.base else None
+            found[disk.target] = Exported(self.plan.places.socket, export.export, bitmap)
+        return found
 
     def stop(self) -> None:
         """To be asked often during a copy.  Errors: Interrupted, ScratchExhausted, TookTooLong."""
@@ -162,13 +186,15 @@ class Fleece:
         if not job.end(plan.host, plan.dom.uuid, plan.places.socket):
             gone = errors.SourceLost(target=plan.disks[0].target, reason="the backup job ended before the copy did")
             raise self.lost(gone)
-        self._guard.check()
         scratch.remove(plan.places)  # before publication: the intent that names these files goes with it
 
     def stay(self) -> None:
-        """Leaves the point open when this process ends; the guard goes on."""
+        """Leaves the point open when this process ends; the guard goes on.  Errors: HypervisorError without a guard."""
+        reason = self._guard.stay()
+        if reason:
+            raise errors.HypervisorError(reason=f"a fleecing point is not left open without a guard: {reason}")
         self.stage.advance("open", guard=self._guard.process)
-        self._guard.stay()
+        self.stage.keep = self._files.keep = True
 
 
 @contextmanager
@@ -180,10 +206,8 @@ def opened(session: Session, kept: store.DomainStore, plan: Plan) -> Iterator[Fl
     sizes = {d.target: d.disk.capacity for d in plan.disks}
     # Left in this order, inside out: the job ends and the checkpoint goes before the scratch files it writes to.
     with guard.Guard(plan.host, plan.dom.uuid) as watcher, staging.begun(kept, plan.intent) as stage:
-        with scratch.made(plan.places, sizes, plan.dom.qemu_ids) as tight:
-            fleece = Fleece(session, plan, stage, watcher)
-            if tight:
-                fleece.warnings.append(tight)
+        with scratch.made(plan.places, sizes, plan.dom.qemu_ids) as files:
+            fleece = Fleece(session, plan, stage, files, watcher)
             with _undone_on_error(plan, stage):
                 session.watch.stop()
                 fleece.begin()

@@ -11,7 +11,6 @@ from libvirt_cbt import errors, extents
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import documents, job
 from libvirt_cbt.nbdio import copy, qcow2, server
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import manifest, npy, store
@@ -31,7 +30,7 @@ def pulled(
 ) -> Dict[str, Read]:
     """Reads all disks at once; by target.  Errors: those of copy.pull, of `fleece.stop`, Damaged."""
     plan = fleece.plan
-    running = job.exports(plan.host, plan.dom.uuid)
+    exports = fleece.exported()
     with ExitStack() as stack:
         deltas: Dict[str, npy.Writer] = {}
         contents: Dict[str, npy.Writer] = {}
@@ -45,14 +44,13 @@ def pulled(
             # Only an increment copies what marks since its parent recorded; for the others the range is empty.
             after = disk.since if disk.copy == copy.DIRTY else disk.base or 0
             earlier = stack.enter_context(kept.deltas(disk.target, after, disk.base or 0, lineage=disk.lineage))
-            export = documents.require(running, disk.target)
-            bitmap = export.bitmap or f"cbt-{disk.target}"
+            export = exports[disk.target]
             pulls.append(
                 copy.Pull(
                     target=disk.target,
-                    source=server.Endpoint(plan.places.socket, export.export),
+                    source=server.Endpoint(export.socket, export.export),
                     capacity=disk.disk.capacity,
-                    bitmap=f"qemu:dirty-bitmap:{bitmap}" if disk.base else None,
+                    bitmap=export.context,
                     copy=disk.copy,
                     expected=disk.estimate,
                     sink=sink,

@@ -68,14 +68,31 @@ def _reconciled(session: Session, kept: store.DomainStore, leftover: store.Lefto
     return [*done, f"removed staging {leftover.id}"]
 
 
+def give_up(session: Session, kept: store.DomainStore, intent: manifest.Intent) -> None:
+    """Undoes a fleecing point that was left open.  Errors: HypervisorError; the next run tries again."""
+    _undo(session, intent)
+    for leftover in kept.leftovers():
+        if leftover.id == intent.id:
+            kept.discard(leftover)
+
+
+def end_guard(intent: manifest.Intent) -> List[str]:
+    """Ends the guard process of a run that is over, known by pid, start time and boot."""
+    known = intent.guard if intent.boot_id == processes.boot_id() else None
+    if known and processes.kill(processes.Process(known.pid, known.started)):
+        return [f"ended guard process {known.pid}"]
+    return []
+
+
+def places(intent: manifest.Intent) -> scratch.Places:
+    return scratch.Places(intent.run_dir, intent.socket, intent.scratch_dir, dict(intent.scratch))
+
+
 def _undo(session: Session, intent: manifest.Intent) -> List[str]:
     host = session.host
     uuid = names.DomainUuid(intent.domain.uuid)
-    done: List[str] = []
     # What a guard would still do is done here; a late thaw of its own could hit the next freeze.
-    known = intent.guard if intent.boot_id == processes.boot_id() else None
-    if known and processes.kill(processes.Process(known.pid, known.started)):
-        done.append(f"ended guard process {known.pid}")
+    done = end_guard(intent)
     try:
         if intent.phase == "freezing":
             done += quiesce.thaw(host, uuid)
@@ -85,8 +102,7 @@ def _undo(session: Session, intent: manifest.Intent) -> List[str]:
             done.append(f"removed checkpoint {intent.checkpoint}")
     except errors.NoSuchDomain:
         pass  # undefined meanwhile, and its checkpoints with it
-    places = scratch.Places(intent.run_dir, intent.socket, intent.scratch_dir, dict(intent.scratch))
-    return done + [f"removed {path}" for path in scratch.remove(places)]
+    return done + [f"removed {path}" for path in scratch.remove(places(intent))]
 
 
 def retire(session: Session, kept: store.DomainStore) -> List[str]:
@@ -99,7 +115,7 @@ def retire(session: Session, kept: store.DomainStore) -> List[str]:
     try:
         if not domain.alive(host, kept.uuid):
             return []  # libvirt removes bitmaps of running guests only
-        found = checkpoints.listed(host, kept.uuid)
+        found = checkpoints.listed(host, kept.uuid, sizes=False)
         gone = [n for n in checkpoints.ours(found, kept.repository.id) if n in published]
         return [f"removed checkpoint {n}" for n in gone if checkpoints.delete(host, kept.uuid, n)]
     except errors.CbtError as e:

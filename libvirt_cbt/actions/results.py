@@ -166,3 +166,92 @@ class Recover:
 class Untrack:
     domain: str
     removed: List[str]
+
+
+@dataclass(frozen=True)
+class MarkDisk:
+    target: str
+    dirty_bytes: int
+    change_id: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    domain: str
+    uuid: str
+    id: str
+    generation: int
+    disks: List[MarkDisk]
+    unprotected: List[Unprotected]
+    seconds: float
+    warnings: List[str]
+
+
+@dataclass(frozen=True)
+class OpenDisk:
+    """`bitmap` is None for a disk of which everything counts as changed; `context` is its name as a meta context."""
+
+    target: str
+    uri: str
+    export: str
+    bitmap: Optional[str]
+    context: Optional[str]
+    capacity: int
+    dirty_bytes: int
+    change_id: str
+
+
+@dataclass(frozen=True)
+class Start:
+    domain: str
+    uuid: str
+    id: str
+    generation: int
+    socket: str
+    quiesce: Quiesced
+    disks: List[OpenDisk]
+    unprotected: List[Unprotected]
+    seconds: float
+    warnings: List[str]
+
+
+@dataclass(frozen=True)
+class Stop:
+    domain: str
+    uuid: str
+    id: str
+    generation: int
+    committed: bool
+
+
+@dataclass(frozen=True)
+class HeatRegion:
+    """A stretch of the disk: in how many generations it was written, and the last of them (None: in none)."""
+
+    offset: int
+    length: int
+    written: int
+    last: Optional[int]
+
+
+@dataclass(frozen=True)
+class HeatGeneration:
+    """`changed_bytes` for each region, in their order."""
+
+    generation: int
+    time: str
+    changed_bytes: List[int]
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    domain: str
+    uuid: str
+    target: str
+    lineage: str
+    since: Optional[int]
+    until: int
+    capacity: int
+    granularity: Optional[int]
+    regions: List[HeatRegion]
+    generations: List[HeatGeneration]

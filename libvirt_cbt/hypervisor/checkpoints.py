@@ -12,15 +12,17 @@ from libvirt_cbt.hypervisor import connection, documents
 _MISSING = "not found in backing chain"
 
 
-def listed(host: connection.Host, uuid: names.DomainUuid) -> Dict[str, documents.CheckpointInfo]:
-    """Every checkpoint by name; dirty bytes are there when the guest runs (5 to 8 ms each, no job needed).
+def listed(
+    host: connection.Host, uuid: names.DomainUuid, *, sizes: bool = True
+) -> Dict[str, documents.CheckpointInfo]:
+    """Every checkpoint by name; with `sizes` dirty bytes are there when the guest runs (5 to 8 ms each, no job needed).
 
     https://libvirt.org/html/libvirt-libvirt-domain-checkpoint.html#virDomainCheckpointGetXMLDesc
     """
     dom = host.lookup(uuid)
     found: Dict[str, documents.CheckpointInfo] = {}
     with host.translated(uuid):
-        running = dom.isActive()
+        running = sizes and dom.isActive()
         for checkpoint in dom.listAllCheckpoints(0):
             flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
             try:

@@ -14,7 +14,7 @@ import select
 import subprocess
 import sys
 import time
-from typing import Any, Dict, Final, List, Optional
+from typing import Any, Dict, Final, Optional
 
 from libvirt_cbt import errors, names, processes
 from libvirt_cbt.hypervisor import connection, scratch
@@ -38,10 +38,12 @@ class Guard:
         self.absent: Optional[str] = None
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._pending = b""
+        self._said: Dict[str, bool] = {}
         self._full: Optional[int] = None  # bytes that were free when the guardian ended the job
         self._fired = False
-        self._ready = False
+        self._ready = self._stays = False
         self._directory = ""
+        self._reserve = 0
         if host.embedded:
             self.absent = "the embedded driver has no second connection for a thaw watchdog"
             return
@@ -67,11 +69,8 @@ class Guard:
 
     def wait_ready(self) -> Optional[str]:
         """Why it cannot guard, or None once it has its own connection to libvirt."""
-        if not self.absent and not self._ready:
-            answer = self._answer("ready", READY_SECONDS)
-            self._ready = answer is not None
-            if not self._ready:
-                self.absent = "the thaw watchdog did not start"
+        if not self.absent and not self._ready and not self._answer("ready", READY_SECONDS):
+            self.absent = "the thaw watchdog did not start"
         return self.absent
 
     def freezing(self, budget: float) -> Optional[str]:
@@ -90,29 +89,37 @@ class Guard:
         return self._fired
 
     def watch(self, where: scratch.Places) -> None:
-        """From now on the job that exports on our socket ends when the scratch files' room runs out, or with us."""
-        self._directory = os.path.dirname(where.directory)
-        if self.wait_ready() is None:
-            free = scratch.room(where.directory)
-            self._say(do="watch", socket=where.socket, directory=where.directory, reserve=scratch.reserve(free))
-            self._answer("watching", ANSWER_SECONDS)
+        """From now on the job that exports on our socket ends when the scratch files' room runs out, or with us.
 
-    def stay(self) -> None:
-        """It outlives the tool and guards the job until that has ended."""
-        self._say(do="stay")
-        self._answer("staying", ANSWER_SECONDS)
+        Nobody waits for an answer: the words are in the pipe before the job begins, and `check` looks at the room, too.
+        """
+        self._directory = where.directory
+        self._reserve = scratch.reserve(scratch.room(where.directory))
+        self._say(do="watch", socket=where.socket, directory=where.directory, reserve=self._reserve)
+
+    def stay(self) -> Optional[str]:
+        """It outlives the tool and guards the job until that has ended; why it cannot, or None."""
+        reason = self.wait_ready()
+        if reason is None:
+            self._say(do="stay")
+            self._stays = self._answer("staying", ANSWER_SECONDS)
+        return reason if self._stays else reason or "the guard process does not answer"
 
     def check(self) -> None:
-        """Errors: ScratchSpace when it had to end the job for lack of room."""
+        """Errors: ScratchExhausted when the job had to be ended for lack of room, or has to be now."""
         self._read(0)
+        if self._full is None and self._directory:
+            free = scratch.room(self._directory)
+            self._full = free if free < self._reserve else None
         if self._full is not None:
-            raise errors.ScratchExhausted(directory=self._directory, free=self._full)
+            raise errors.ScratchExhausted(directory=os.path.dirname(self._directory), free=self._full)
 
     def release(self) -> None:
-        """Ends it in order; while it still nurses a guest that does not answer it goes on alone."""
+        """Ends it in order; where it is to stay, or still nurses a guest that does not answer, it goes on alone."""
         if self._process is None:
             return
-        self._say(do="release")
+        if not self._stays:
+            self._say(do="release")
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
                 try:
@@ -120,7 +127,7 @@ class Guard:
                 except OSError:
                     pass
         try:
-            self._process.wait(1.0)
+            self._process.wait(0 if self._stays else 1.0)
         except subprocess.TimeoutExpired:
             self._process.returncode = 0  # it belongs to nobody from here on: no warning about a child left running
         self._process = None
@@ -133,27 +140,25 @@ class Guard:
             except OSError:
                 pass  # it died: the next answer does not come
 
-    def _answer(self, wanted: str, seconds: float) -> Optional[Dict[str, Any]]:
+    def _answer(self, wanted: str, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            for line in self._read(deadline - time.monotonic()):
-                if line.get("is") == wanted:
-                    return line
-            if self._process is None or self._process.poll() is not None:
-                return None
-        return None
+        while not self._said.pop(wanted, False):
+            if time.monotonic() > deadline or self._process is None or self._process.poll() is not None:
+                return False
+            self._read(deadline - time.monotonic())
+        return True
 
-    def _read(self, seconds: float) -> List[Dict[str, Any]]:
-        """What it has said; its notices are remembered."""
+    def _read(self, seconds: float) -> None:
+        """Takes in what it has said."""
         if self._process is None or self._process.stdout is None:
-            return []
+            return
         if select.select([self._process.stdout], [], [], max(0.0, seconds))[0]:
             self._pending += os.read(self._process.stdout.fileno(), 65536)
         *lines, self._pending = self._pending.split(b"\n")
-        said = [json.loads(line) for line in lines if line]
-        for line in said:
-            if line["is"] == "fired":
-                self._fired = True
-            elif line["is"] == "full":
-                self._full = int(line["free"])
-        return said
+        for line in lines:
+            said = json.loads(line)
+            self._said[said["is"]] = True
+            self._ready |= said["is"] == "ready"
+            self._fired |= said["is"] == "fired"
+            if said["is"] == "full":
+                self._full = int(said["free"])

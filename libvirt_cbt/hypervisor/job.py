@@ -139,10 +139,10 @@ def end(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
                 reason=f"the QEMU of domain {uuid} does not answer and its backup job goes on; "
                 f"`libvirt-cbt recover {uuid}` ends it once it does"
             ) from None
-        for _ in range(20):
+        for pause in (0.001, 0.002, 0.004, 0.008, *[0.02] * 20):
             if not exporting(host, uuid, socket):
                 return True
-            time.sleep(0.02)
+            time.sleep(pause)
         if time.monotonic() > deadline:
             raise errors.HypervisorError(
                 reason=f"the backup job on domain {uuid} does not end ({failure or 'no reason given'}); "

@@ -15,7 +15,7 @@ from libvirt_cbt.repository.store import DomainStore
 
 
 class Staging:
-    """Files of a generation before it is published.  Made by `begun`."""
+    """Files of a generation before it is published.  Made by `begun`, or anew for a point that was left open."""
 
     def __init__(self, kept: DomainStore, intent: Intent) -> None:
         self._kept, self.intent = kept, intent
@@ -55,6 +55,11 @@ class Staging:
 
     def publish(self, manifest: Manifest, layers: Layers) -> None:
         """Steps 7 and 8 of the write order: everything durable in staging, then the rename that publishes it."""
+        self.complete(manifest, layers)
+        self.commit()
+
+    def complete(self, manifest: Manifest, layers: Layers) -> None:
+        """All of the generation is durable in staging, and still unpublished."""
         with self._explained():
             for entry in layers.disks.values():
                 path = os.path.join(self.path, entry.file)
@@ -63,11 +68,16 @@ class Staging:
             durable.write_new(os.path.join(self.path, "layers.json"), layers.dump())
             durable.write_new(os.path.join(self.path, "manifest.json"), manifest.dump())
             durable.sync_directory(self.path)
+
+    def commit(self) -> None:
+        """The rename.  After it the generation is published whatever happens."""
+        place = self._kept.directory(self.intent.id)
+        with self._explained():
             # The intent is published with the rest and removed then: without it a crash just before the rename
             # would leave a checkpoint that nothing proves to be ours.
-            durable.publish(self.path, self._kept.directory(manifest.id), done=self._seen)
-            os.unlink(os.path.join(self._kept.directory(manifest.id), "intent.json"))
-            durable.sync_directory(self._kept.directory(manifest.id))
+            durable.publish(self.path, place, done=self._seen)
+            os.unlink(os.path.join(place, "intent.json"))
+            durable.sync_directory(place)
 
     def _seen(self) -> None:
         self.published = True

@@ -139,6 +139,7 @@ class DomainStore:
         self.repository, self.uuid = repository, uuid
         self.path = os.path.join(repository.path, uuid)
         self._generations: Optional[List[Manifest]] = None
+        self._open: Optional[names.BackupId] = None
 
     @property
     def name(self) -> str:
@@ -147,7 +148,22 @@ class DomainStore:
         return generations[-1].domain.name if generations else self.uuid
 
     def directory(self, backup: str) -> str:
-        return os.path.join(self.path, "backups", backup)
+        return os.path.join(self.path, "staging" if backup == self._open else "backups", backup)
+
+    def open_point(self) -> Optional[Intent]:
+        """The intent of the fleecing point that was left open, if there is one."""
+        intents = [leftover.intent for leftover in self.leftovers()]
+        return next((intent for intent in intents if intent and intent.phase == "open"), None)
+
+    def with_open_point(self) -> DomainStore:
+        """The same domain with the generation of its open fleecing point as the newest; itself when none is open."""
+        intent = self.open_point()
+        if intent is None:
+            return self
+        seen = DomainStore(self.repository, self.uuid)
+        seen._open = names.BackupId(intent.id)
+        seen._generations = [*self.generations(), seen._load(seen._open)]
+        return seen
 
     def lock(self, wait: float = 0, stop: Callable[[], None] = lambda: None) -> ContextManager[None]:
         """The one writer; makes the domain's directories first.  Errors: RepositoryBusy, RepositoryDenied."""

@@ -1,0 +1,63 @@
+"""Opens a fleecing point at a new generation and leaves it open, so that any NBD client may read it; `stop` closes it."""
+
+from __future__ import annotations
+
+import time
+from typing import Optional
+from urllib.parse import quote
+
+from libvirt_cbt.actions import fleecing, pulling, recording, recover, results
+from libvirt_cbt.actions.session import Session
+from libvirt_cbt.hypervisor import job
+from libvirt_cbt.nbdio.lanes import Options
+from libvirt_cbt.repository import manifest
+
+
+def start(
+    session: Session, domain_name: str, *, quiesce: str = "auto", scratch_dir: Optional[str] = None, wait: float = 0.0
+) -> results.Start:
+    """The point stays when this process ends; a guard process ends it before the scratch files' room runs out.
+
+    Its generation is written down but not committed: `changed` knows it by number or id, `latest` does not name it.
+    Errors: as of mark; PointOpen when one is open already.
+    """
+    begun = time.monotonic()
+    request = fleecing.Request(mark=True, quiesce=quiesce, scratch_dir=scratch_dir)
+    uuid = session.host.find(domain_name)
+    kept = session.repository(make=True).domain(uuid)
+    with kept.lock(wait, session.watch.stop):
+        recover.reconcile(session, kept)
+        job.wait_idle(session.host, uuid, domain_name, wait, session.watch.stop)
+        plan = fleecing.planned(session, kept, fleecing.running(session.host, uuid), request)
+        with fleecing.opened(session, kept, plan) as fleece:
+            exports = fleece.exported()
+            reads = pulling.pulled(session, kept, fleece, Options())
+            made, layers = recording.recorded(fleece, reads)
+            fleece.stage.complete(made, layers)
+            session.watch.stop()
+            fleece.stay()
+    return results.Start(
+        domain=made.domain.name,
+        uuid=made.domain.uuid,
+        id=made.id,
+        generation=made.generation,
+        socket=plan.places.socket,
+        quiesce=results.Quiesced(made.quiesce.requested, made.quiesce.result, made.quiesce.frozen_ms),
+        disks=[_disk(d, exports[d.target]) for d in made.disks],
+        unprotected=recording.unprotected_result(made.unprotected),
+        seconds=round(time.monotonic() - begun, 3),
+        warnings=list(made.warnings),
+    )
+
+
+def _disk(disk: manifest.ManifestDisk, export: fleecing.Exported) -> results.OpenDisk:
+    return results.OpenDisk(
+        target=disk.target,
+        uri=f"nbd+unix:///{quote(export.export)}?socket={quote(export.socket)}",
+        export=export.export,
+        bitmap=export.bitmap,
+        context=export.context,
+        capacity=disk.capacity,
+        dirty_bytes=disk.dirty_bytes,
+        change_id=disk.change_id,
+    )
