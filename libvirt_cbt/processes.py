@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -50,6 +51,20 @@ def kill(process: Process, seconds: float = 5.0) -> bool:
     while alive(process) and time.monotonic() < deadline:
         time.sleep(0.01)
     return True
+
+
+def tag() -> str:
+    """This process as a part of a file's name; `ended` reads it."""
+    me = identify(os.getpid())
+    return f"{boot_id()[:8]}-{os.getpid()}-{me.started if me else 0}"
+
+
+def ended(text: str) -> bool:
+    """Whether the process of a `tag` ran in this boot and is gone; False where that cannot be known."""
+    found = re.fullmatch(r"([0-9a-f]{8})-([1-9][0-9]*)-([0-9]+)", text)
+    if not found or found[1] != boot_id()[:8]:
+        return False
+    return not alive(Process(int(found[2]), int(found[3])))
 
 
 def boot_id() -> str:

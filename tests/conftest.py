@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any, Callable, Generator, Iterator, List
+from typing import Any, Callable, Generator, Iterator, List, Tuple
 
 import pytest
 
@@ -121,3 +121,37 @@ def system_guest(libvirtd: Any, guests: Callable[..., Any]) -> Callable[..., Any
         return made
 
     return make
+
+
+@pytest.fixture(scope="module")
+def relay_guests() -> Iterator[List[Any]]:
+    """The guest of `relay_guest` between the tests of a module: none, or one."""
+    kept: List[Any] = []
+    yield kept
+    for guest in kept:
+        guest.remove()
+
+
+@pytest.fixture
+def relay_guest(libvirtd: Any, relay_guests: List[Any]) -> Iterator[Tuple[Any, Any]]:
+    """A booted guest with an OS and the FakeAgent (tests.guests.fake_agent) that libvirt takes for its agent.
+
+    The guest of the test before is taken again if it runs on and has neither a job nor a checkpoint.
+    """
+    from tests.guests import daemon as daemons
+    from tests.guests import fake_agent, system
+
+    if relay_guests and not relay_guests[0].untouched():
+        relay_guests.pop().remove()
+    if not relay_guests:
+        try:
+            relay_guests.append(system.SystemGuest(libvirtd, "relayed", agent="relay"))
+        except daemons.Unavailable as e:
+            pytest.skip(str(e))
+        relay_guests[0].define()
+        relay_guests[0].start()
+    guest = relay_guests[0]
+    guest.wait_for_agent_state("disconnected")
+    with fake_agent.FakeAgent(guest.relay_path) as agent:
+        guest.wait_for_agent_state("connected")
+        yield guest, agent

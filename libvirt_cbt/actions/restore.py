@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, contextmanager
-from typing import Collection, Iterator, List, Optional, Tuple
+from typing import Collection, Iterator, List, Optional
 
-from libvirt_cbt import errors, extents, places, points, tools
-from libvirt_cbt.actions import results
+from libvirt_cbt import errors, extents, places, points, processes, tools
+from libvirt_cbt.actions import recording, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import check, qcow2, server
 from libvirt_cbt.nbdio.lanes import Options
@@ -36,21 +36,19 @@ def restore(
     kept = session.stored(domain_name)
     point = points.at(at)
     generation = _with_data(kept, point)
-    wanted = _wanted(kept, generation, disks)
-    paths = [(target, os.path.join(output, f"{target}.{fmt}")) for target, _ in wanted]
-    _prepare(output, [p for _, p in paths])
+    wanted = [(d, os.path.join(output, f"{d.target}.{fmt}")) for d in _wanted(kept, generation, disks)]
+    _prepare(output, [path for _, path in wanted])
     files = []
-    for (target, source), (_, path) in zip(wanted, paths):
-        capacity = generation.require(target).capacity
+    for disk, path in wanted:
         with _part(path) as part:
-            _restore_disk(session, kept, source, target, capacity, part, fmt, options or Options())
-        files.append(results.RestoredFile(target, path, capacity))
+            _restore_disk(session, kept, generation, disk, part, fmt, options or Options())
+        files.append(results.RestoredFile(disk.target, path, disk.capacity))
     return results.Restore(
         domain=kept.name,
         backup=generation.id,
         generation=generation.generation,
         files=files,
-        unprotected=[results.Unprotected(u.target, u.reason) for u in generation.unprotected],
+        unprotected=recording.unprotected_result(generation.unprotected),
         seconds=round(time.monotonic() - begun, 3),
     )
 
@@ -69,7 +67,7 @@ def _with_data(kept: store.DomainStore, point: points.Point) -> manifest.Manifes
 
 def _wanted(
     kept: store.DomainStore, generation: manifest.Manifest, disks: Collection[str]
-) -> List[Tuple[str, manifest.Manifest]]:
+) -> List[manifest.ManifestDisk]:
     chosen = [generation.require(t) for t in disks] or [d for d in generation.disks if d.mode != "mark"]
     for disk in chosen:
         if disk.mode == "mark":
@@ -78,7 +76,7 @@ def _wanted(
                 point=f"{generation.generation} of disk {disk.target}",
                 repository=kept.repository.path,
             )
-    return [(d.target, generation) for d in chosen]
+    return chosen
 
 
 def _prepare(output: str, paths: List[str]) -> None:
@@ -94,8 +92,9 @@ def _prepare(output: str, paths: List[str]) -> None:
 @contextmanager
 def _part(path: str) -> Iterator[str]:
     """A new file beside `path` that gets its name at the end, durably; removed when anything fails."""
-    part = f"{path}.part-{os.getpid()}"
+    part = f"{path}.part-{processes.tag()}"
     try:
+        _sweep(path)
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
     except OSError as e:
         raise errors.OutputFailed(path=part, reason=e.strerror) from None
@@ -116,22 +115,32 @@ def _part(path: str) -> Iterator[str]:
         os.unlink(part)
 
 
+def _sweep(path: str) -> None:
+    """Removes what restores to the same place left there when they were killed."""
+    folder, name = os.path.split(path)
+    for entry in list(os.scandir(folder or ".")):
+        prefix, _, tag = entry.name.partition(".part-")
+        if prefix == name and processes.ended(tag) and entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)
+
+
 def _restore_disk(
     session: Session,
     kept: store.DomainStore,
     generation: manifest.Manifest,
-    target: str,
-    capacity: int,
+    disk: manifest.ManifestDisk,
     part: str,
     fmt: str,
     options: Options,
 ) -> None:
-    chain = kept.chain(generation.id, target)
+    chain = kept.chain(generation.id, disk.target)
 
     def damaged(read: check.Read, reason: str) -> None:
         where = f"{reason} at offset {read.offset}, length {read.length}"
         raise errors.Damaged(path=chain[read.layer].layer, reason=where)
 
+    # What newer layers hide is not read: a little less than this.
+    expected = min(disk.capacity, sum(kept.require(link.backup).require(disk.target).data_bytes for link in chain))
     with ExitStack() as stack:
         readers = [stack.enter_context(npy.Reader(link.contents, extents.CONTENT, link.digest)) for link in chain]
         for link in chain:
@@ -139,15 +148,15 @@ def _restore_disk(
                 raise errors.Damaged(path=link.layer, reason="the layer is missing")
         run_dir = stack.enter_context(server.run_dir(places.run_root()))
         endpoints = stack.enter_context(_layers([link.layer for link in chain], run_dir))
-        output = stack.enter_context(_output(part, fmt, capacity, run_dir))
+        output = stack.enter_context(_output(part, fmt, disk.capacity, run_dir))
         check.check(
-            target,
+            disk.target,
             endpoints,
-            (check.Read(r.layer, r.offset, r.length, r.digest, r.keep) for r in plan.restore(readers, capacity)),
+            (check.Read(r.layer, r.offset, r.length, r.digest, r.keep) for r in plan.restore(readers, disk.capacity)),
             output,
             options,
             damaged=damaged,
-            progress=lambda disk, done: session.watch.progress(disk, done, 0),
+            progress=lambda target, done: session.watch.progress(target, done, max(expected, done)),
             stop=session.watch.stop,
         )
 

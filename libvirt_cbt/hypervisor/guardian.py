@@ -25,7 +25,6 @@ TICK: Final = 0.01  # seconds between two looks at the room: a guest writes some
 STATISTICS_SECONDS: Final = 1.0
 # A request of the tool's may reach libvirt after the tool's death: so long is looked for what it may have begun.
 AFTERMATH_SECONDS: Final = 3.0
-NURSE_SECONDS: Final = 600.0  # an agent that does not answer is given up then; the next run thaws, too
 
 
 class Guardian:
@@ -138,7 +137,7 @@ class Guardian:
     def _thaw(self) -> None:
         """Until the agent has answered: a freeze that waits in its queue comes true when it wakes."""
         if self._nurse is None or not self._nurse.is_alive():
-            patience = (NURSE_SECONDS, AFTERMATH_SECONDS)
+            patience = (quiesce.NURSE_SECONDS, AFTERMATH_SECONDS)
             self._nurse = threading.Thread(target=quiesce.nurse, args=(self._host, self._uuid, *patience))
             self._nurse.start()
 

@@ -24,7 +24,10 @@ T = TypeVar("T")
 AGENT_SECONDS: Final = 5  # a freeze without this limit blocks until the agent wakes or leaves
 THAW_SECONDS: Final = 2  # with the freeze it stays below the budget
 BUDGET_SECONDS: Final = 8.0  # Windows VSS lets writes go again after 10
+NURSE_SECONDS: Final = 600.0  # an agent that does not answer is given up then; the next run thaws, too
 NURSE_PAUSE: Final = 0.25
+# The binding raises SystemError when an agent's complaint is no UTF-8.
+AGENT_ERRORS: Final = (libvirt.libvirtError, SystemError)
 _DEFAULT_TIMEOUT: Final = libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK
 
 
@@ -54,9 +57,14 @@ class Quiesce:
         if self._requested == "none" or unable:
             return transaction(), Quiesced(self._requested, "none", None, unable)
         result, frozen, thaw, seconds = self._bracketed(transaction)
-        reason = frozen.complaint or thaw.complaint or _judge(frozen.count, thaw.count, seconds)
+        found = [frozen.complaint, thaw.complaint]
+        if thaw.complaint:
+            found.append(f"a guard process goes on thawing for {NURSE_SECONDS / 60:.0f} minutes")
+        elif not frozen.complaint:
+            found.append(_judge(frozen.count, thaw.count, seconds))
         if self._guard.thawed(sure=thaw.complaint is None):
-            reason = f"the thaw watchdog let it go on after {BUDGET_SECONDS:.0f} s"
+            found.append(f"the thaw watchdog let the guest go on after {BUDGET_SECONDS:.0f} s")
+        reason = "; ".join(x for x in found if x) or None
         if reason and self._requested == "agent":
             raise self._refused(reason)
         state = "failed" if reason else "frozen"
@@ -103,6 +111,8 @@ def _asked(call: Callable[[], int], failed: str) -> _Answer:
         return _Answer(call(), None)
     except libvirt.libvirtError as e:
         return _Answer(0, f"{failed}: {connection.message(e)}")
+    except SystemError:
+        return _Answer(0, f"{failed}: the agent answers with bytes that are no text")
 
 
 def unfreezable(dom: domain.Domain) -> Optional[str]:
@@ -141,7 +151,7 @@ def thaw(host: connection.Host, uuid: names.DomainUuid) -> List[str]:
     _set_timeout(dom, AGENT_SECONDS)
     try:
         count = dom.fsThaw()
-    except libvirt.libvirtError:
+    except AGENT_ERRORS:
         return []  # off, or without an agent: nothing is frozen by us
     finally:
         _set_timeout(dom, _DEFAULT_TIMEOUT)
@@ -161,7 +171,7 @@ def nurse(host: connection.Host, uuid: names.DomainUuid, seconds: float, settle:
             _set_timeout(dom, AGENT_SECONDS)
             if dom.fsThaw() or time.monotonic() - begun >= settle:
                 break
-        except (libvirt.libvirtError, errors.CbtError):
+        except (*AGENT_ERRORS, errors.CbtError):
             if not domain.alive(host, uuid):
                 return
         if time.monotonic() - begun >= seconds:

@@ -241,6 +241,13 @@ class DomainStore:
             raise errors.NoSuchBackup(domain=self.name, point=str(point), repository=self.repository.path)
         return found[0]
 
+    def require(self, backup: str) -> Manifest:
+        """The manifest of a published backup.  Errors: Damaged when there is none: a layer names it as its parent."""
+        found = next((m for m in self.generations() if m.id == backup), None)
+        if found is None:
+            raise errors.Damaged(path=self.directory(backup), reason="its manifest is missing")
+        return found
+
     def next_generation(self) -> int:
         generations = self.generations()
         return generations[-1].generation + 1 if generations else 1

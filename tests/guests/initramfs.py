@@ -26,7 +26,13 @@ MODULES: Final = (
     "virtio_blk",
     "virtio_console",
 )
+RELAY: Final = "cbt.agent=relay"
+AGENT_PORT: Final = "org.qemu.guest_agent.0"
+RELAY_PORT: Final = "org.libvirt-cbt.relay"
 # Every disk with a file system is mounted on /disks/<name>; the agent's port is linked where it looks for it.
+# With RELAY on the kernel's command line no agent runs: while somebody on the host is connected to the relay's port,
+# the agent's port is open and bytes are handed on both ways.  A port may be opened once only and both pumps must share
+# that; it reads as ended while its host's end is shut, and writing waits for it.  Opened anew it holds nothing old.
 INIT: Final = f"""#!/bin/busybox sh
 /bin/busybox mkdir -p /proc /sys /dev /run /tmp /disks /sbin /usr/bin /usr/sbin /var/run /etc
 /bin/busybox --install -s
@@ -45,8 +51,27 @@ for port in /sys/class/virtio-ports/*; do
     ln -s ../${{port##*/}} "/dev/virtio-ports/$(cat $port/name)"
 done
 echo ready
+connected() {{ grep -q 'host_connected: 1' /sys/kernel/debug/virtio-ports/$relay; }}
+pump() {{ while :; do cat <&$1 >&$2; sleep 0.05; done; }}
+if grep -q {RELAY} /proc/cmdline; then
+    mount -t debugfs debugfs /sys/kernel/debug
+    relay=$(readlink /dev/virtio-ports/{RELAY_PORT})
+    relay=${{relay##*/}}
+    while :; do
+        until connected; do sleep 0.05; done
+        (
+            exec 4<>/dev/virtio-ports/{RELAY_PORT} 3<>/dev/virtio-ports/{AGENT_PORT}
+            pump 3 4 & up=$!
+            pump 4 3 & down=$!
+            while connected; do sleep 0.1; done
+            kill -9 $up $down
+            killall -9 cat
+            sleep 0.1 # they are gone and have shut the ports
+        ) 2>/dev/null
+    done
+fi
 while :; do
-    /usr/sbin/qemu-ga -m virtio-serial -p /dev/virtio-ports/org.qemu.guest_agent.0 -t /run
+    /usr/sbin/qemu-ga -m virtio-serial -p /dev/virtio-ports/{AGENT_PORT} -t /run
     sleep 1
 done
 """

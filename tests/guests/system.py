@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from typing import Any, Dict, Final, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Final, Mapping, Optional, Tuple
 
 import libvirt
 import libvirt_qemu
@@ -29,11 +29,12 @@ class ExecFailed(Exception):
 
 
 class SystemGuest(domain.Guest):
-    """A domain of 256 MiB whose disks are mounted on /disks/vda, /disks/vdb, ...
+    """A domain whose disks are mounted on /disks/vda, /disks/vdb, ...
 
     `files`: for each disk to be made, what it holds at first ({"vda": {"hello": b"world"}}); or `images`: existing
     images to boot from instead, as (path, format) by target, which are used as they are.  `size` in bytes of each new
-    disk.  Errors: daemon.Unavailable.
+    disk.  `agent`: "real", or "relay": no agent runs in it, and whoever connects to `relay_path` is the agent
+    (fake_agent.FakeAgent); nothing that asks the real one works then.  Errors: daemon.Unavailable.
     """
 
     def __init__(
@@ -44,8 +45,12 @@ class SystemGuest(domain.Guest):
         files: Optional[Mapping[str, Mapping[str, bytes]]] = None,
         images: Optional[Mapping[str, Tuple[str, str]]] = None,
         size: int = 64 * MIB,
+        agent: str = "real",
     ) -> None:
         super().__init__(host, name)
+        assert agent in {"real", "relay"}
+        self.relayed = agent == "relay"
+        self.relay_path = os.path.join(self.folder, "relay.sock")
         self.images: Dict[str, Tuple[str, str]] = dict(images or {})
         if not images:
             for target, contents in (files or {"vda": {}}).items():
@@ -80,20 +85,28 @@ class SystemGuest(domain.Guest):
 
     def xml(self) -> str:
         disks = [domain.disk_xml(target, path, fmt) for target, (path, fmt) in self.images.items()]
-        boot = {"kernel": self._kernel, "initrd": self._initrd, "cmdline": "console=ttyS0 quiet panic=-1"}
-        tree = domain.domain_xml(self, 256, disks, boot)
+        cmdline = f"console=ttyS0 quiet panic=-1 {initramfs.RELAY if self.relayed else ''}"
+        boot = {"kernel": self._kernel, "initrd": self._initrd, "cmdline": cmdline.strip()}
+        tree = domain.domain_xml(self, 128 if self.relayed else 256, disks, boot)
         devices = tree.find("devices")
         assert devices is not None
         channel = etree.SubElement(devices, "channel", type="unix")
-        etree.SubElement(channel, "target", type="virtio", name="org.qemu.guest_agent.0")
+        etree.SubElement(channel, "target", type="virtio", name=initramfs.AGENT_PORT)
+        if self.relayed:
+            channel = etree.SubElement(devices, "channel", type="unix")
+            etree.SubElement(channel, "source", mode="bind", path=self.relay_path)
+            etree.SubElement(channel, "target", type="virtio", name=initramfs.RELAY_PORT)
         serial = etree.SubElement(devices, "serial", type="file")
         etree.SubElement(serial, "source", path=self.console)
         return etree.tostring(tree, encoding="unicode")
 
     def start(self) -> None:
-        """Boots it and waits for the agent."""
+        """Boots it and waits for the agent, or for the relay."""
         super().start()
-        self.wait_for_agent()
+        if self.relayed:
+            self._wait(lambda: "ready" in self.said(), BOOT_SECONDS, "does not boot")
+        else:
+            self.wait_for_agent()
 
     def wait_for_agent(self, seconds: float = BOOT_SECONDS) -> None:
         deadline = time.monotonic() + seconds
@@ -106,6 +119,33 @@ class SystemGuest(domain.Guest):
                 time.sleep(0.1)
             else:
                 return
+
+    @property
+    def agent_state(self) -> str:
+        """What libvirt says of the agent's port: connected or disconnected."""
+        tree = etree.fromstring(self.domain.XMLDesc())
+        target = tree.find(f"./devices/channel/target[@name='{initramfs.AGENT_PORT}']")
+        assert target is not None
+        return target.get("state", "disconnected")
+
+    def wait_for_agent_state(self, state: str, seconds: float = 10) -> None:
+        self._wait(lambda: self.agent_state == state, seconds, f"has an agent that is not {state}")
+
+    def untouched(self) -> bool:
+        """Whether it runs as after its start, without job and checkpoint; the agent's time limit is made so again."""
+        try:
+            dom = self.domain
+            dom.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK, 0)
+            runs = dom.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+            return runs and dom.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE and not dom.listAllCheckpoints()
+        except libvirt.libvirtError:
+            return False
+
+    def _wait(self, happened: Callable[[], bool], seconds: float, otherwise: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < deadline, f"{self.name} {otherwise}: {self.said()}"
+            time.sleep(0.05)
 
     def agent(self, execute: str, *, seconds: int = AGENT_SECONDS, **arguments: Any) -> Any:
         """A command of the guest agent's; its return value.  Errors: libvirtError."""

@@ -125,6 +125,7 @@ def test_full_keeps_the_lineage(tool: Tool, guest: PlainGuest, rng: random.Rando
     same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
 
 
+@pytest.mark.fault(1)
 def test_a_power_cycle_keeps_the_chain_and_a_dead_qemu_begins_a_new_one(
     tool: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path
 ) -> None:

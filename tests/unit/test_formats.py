@@ -14,7 +14,7 @@ import pytest
 
 from libvirt_cbt import cli, errors, extents
 from libvirt_cbt.cli import formats
-from libvirt_cbt.repository import store
+from libvirt_cbt.repository import store, union
 from tests.unit import changes_samples as samples
 from tests.unit import repository_samples
 
@@ -165,6 +165,8 @@ def test_every_format_tells_of_the_same_bytes(
 ) -> None:
     """And pages of any size, each resumed as its own shape says, say the same as no pages."""
     monkeypatch.setattr(formats, "AT_ONCE", at_once)
+    if at_once == 1:
+        monkeypatch.setattr(union, "WINDOW", 8192)
     model = samples.random_repository(kept, rng, 4, 4096)
     capacity = model.capacities[-1]
     want: List[List[int]] = []
@@ -195,6 +197,16 @@ def test_every_format_tells_of_the_same_bytes(
                     found += rows
                     offset = sum(rows[-1]) if len(rows) == most else capacity
             assert found == entries, fmt
+
+
+def test_runs_of_different_pages_share_a_block(
+    kept: store.DomainStore, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(union, "WINDOW", 4096)
+    samples.publish(kept, [], GRAIN, first=True)
+    samples.publish(kept, [(n * 4096, 512, extents.DATA) for n in range(8)], GRAIN)
+    found = asked(run, "--format", "csi", "--block-size", "16384")["block_metadata"]
+    assert found == [{"byte_offset": n * 16384, "size_bytes": 16384} for n in range(2)]
 
 
 def test_a_long_run_in_small_blocks(kept: store.DomainStore, run: Run) -> None:
@@ -266,8 +278,6 @@ def test_a_document_that_ends_early_is_one_all_the_same(
     small: store.DomainStore, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was printed before the damage is right, and says where to go on."""
-    from libvirt_cbt.repository import union
-
     real = union._windows
 
     def half(*args: Any) -> Any:
