@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from libvirt_cbt.actions.mark import mark
     from libvirt_cbt.actions.recover import recover
     from libvirt_cbt.actions.restore import restore
+    from libvirt_cbt.actions.serve import serve
     from libvirt_cbt.actions.session import Session, Watch
     from libvirt_cbt.actions.start import start
     from libvirt_cbt.actions.status import status
@@ -47,6 +48,7 @@ __all__ = [
     "mark",
     "recover",
     "restore",
+    "serve",
     "show",
     "start",
     "status",

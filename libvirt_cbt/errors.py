@@ -223,6 +223,14 @@ class Damaged(CbtError):
     template = "{path} is damaged: {reason}; `libvirt-cbt verify` shows what depends on it"
 
 
+class AuditFailed(CbtError):
+    code = 16
+    template = (
+        "the guest '{domain}' holds data that neither its backups nor its bitmaps know ({differences}); nothing was "
+        "published: `libvirt-cbt backup --audit --heal {domain}` stores it, `libvirt-cbt verify {domain}` checks the backups"
+    )
+
+
 # 17: not consistent though it was required
 
 

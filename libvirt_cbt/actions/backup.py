@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Collection, Optional
+from dataclasses import asdict
+from typing import Collection, List, Optional, Tuple
 
-from libvirt_cbt import errors
-from libvirt_cbt.actions import fleecing, planning, pulling, recording, recover, results
+from libvirt_cbt import errors, names
+from libvirt_cbt.actions import auditing, fleecing, planning, pulling, recording, recover, results
 from libvirt_cbt.actions.fleecing import Request
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import checkpoints, domain, job
@@ -27,19 +28,25 @@ def backup(
     compress: str = "zstd",
     wait: float = 0.0,
     max_duration: Optional[float] = None,
+    audit: bool = False,
+    heal: bool = False,
     dry_run: bool = False,
     options: Optional[Options] = None,
 ) -> results.Backup:
     """Backs up a running domain: each disk by its changed blocks, or in full with the reason.
 
     `domain_name` is a name, UUID or id; `wait` and `max_duration` are seconds: for other work on the domain to end, and
-    for the job to last at most.  With `dry_run` nothing is changed and the bytes are estimates.
+    for the job to last at most.  `audit` reads whole disks and compares them with the chain; what differs and was not
+    told of by a bitmap ends the run (AuditFailed), or with `heal` is stored and counts as changed now.  With `dry_run`
+    nothing is changed and the bytes are estimates.
     Errors: NoSuchDomain, NoSuchDisk, NotRunning, DomainBusy, RepositoryBusy, NotConsistent (with quiesce "agent"),
     ScratchSpace and kin, SourceLost, RepositoryError and kin; nothing is published then, and the next run is an
     increment.
     """
     if compress not in ("zstd", "none"):
         raise errors.Usage(reason=f"compress is zstd or none, not '{compress}'")
+    if heal and not audit:
+        raise errors.Usage(reason="--heal stores what --audit finds; give both")
     request = Request(False, full, tuple(disks), tuple(exclude), quiesce, scratch_dir, max_duration)
     begun = time.monotonic()
     host = session.host
@@ -52,13 +59,34 @@ def backup(
         job.wait_idle(host, uuid, domain_name, wait, session.watch.stop)
         plan = fleecing.planned(session, kept, fleecing.running(host, uuid), request)
         with fleecing.opened(session, kept, plan) as fleece:
-            reads = pulling.pulled(session, kept, fleece, options or Options(), compress=compress == "zstd")
+            audits, missed = _audited(session, kept, fleece, options or Options(), heal=heal) if audit else (None, {})
+            zstd = compress == "zstd"
+            reads = pulling.pulled(session, kept, fleece, options or Options(), compress=zstd, missed=missed)
             fleece.close()
             made, layers = recording.recorded(fleece, reads)
             session.watch.stop()
             fleece.stage.publish(made, layers)
         recover.retire(session, kept)
-    return recording.backup_result(made, round(time.monotonic() - begun, 3))
+    return recording.backup_result(made, round(time.monotonic() - begun, 3), audits)
+
+
+def _audited(
+    session: Session, kept: store.DomainStore, fleece: fleecing.Fleece, options: Options, *, heal: bool
+) -> Tuple[List[results.Audited], auditing.Missed]:
+    audits, missed = auditing.audited(session, kept, fleece, options)
+    wrong = [one for one in audits if one.differing_bytes]
+    if wrong and not heal:
+        raise errors.AuditFailed(
+            domain=names.printable(kept.name),
+            differences="; ".join(f"{one.target}: {one.differing_bytes} bytes" for one in wrong),
+            audit=[asdict(one) for one in audits],
+        )
+    fleece.warnings += [
+        f"the audit found {one.differing_bytes} bytes of disk {one.target} that no bitmap told of; they are stored now, "
+        "older backups since they were written lack them"
+        for one in wrong
+    ]
+    return audits, missed
 
 
 def _estimate(session: Session, kept: store.DomainStore, request: Request) -> results.Backup:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional
+from functools import partial
+from types import MappingProxyType
+from typing import Dict, Iterator, List, Mapping, Optional
 
 from libvirt_cbt import errors, extents
 from libvirt_cbt.actions.fleecing import Fleece
@@ -26,9 +28,18 @@ class Read:
 
 
 def pulled(
-    session: Session, kept: store.DomainStore, fleece: Fleece, options: Options, *, compress: bool = True
+    session: Session,
+    kept: store.DomainStore,
+    fleece: Fleece,
+    options: Options,
+    *,
+    compress: bool = True,
+    missed: Mapping[str, extents.Extents] = MappingProxyType({}),
 ) -> Dict[str, Read]:
-    """Reads all disks at once; by target.  Errors: those of copy.pull, of `fleece.stop`, Damaged."""
+    """Reads all disks at once; by target.  `missed`: what no bitmap told of, by target; it counts as changed, too.
+
+    Errors: those of copy.pull, of `fleece.stop`, Damaged.
+    """
     plan = fleece.plan
     exports = fleece.exported()
     with ExitStack() as stack:
@@ -57,6 +68,7 @@ def pulled(
                     also=earlier.union,
                     delta=deltas[disk.target].append,
                     contents=contents[disk.target].append if sink else _nowhere,
+                    extra_dirty=partial(extents.clip, missed.get(disk.target, extents.empty())),
                 )
             )
         counts = _pull(session, fleece, pulls, options)
@@ -81,7 +93,7 @@ def _sink(fleece: Fleece, disk: DiskPlan, *, compress: bool) -> Iterator[copy.Si
 
 def _pull(session: Session, fleece: Fleece, pulls: List[copy.Pull], options: Options) -> List[copy.Pulled]:
     try:
-        return copy.pull(pulls, options, progress=session.watch.progress, stop=fleece.stop)
+        return copy.pull(pulls, options, progress=session.watch.progress, stop=fleece.stop, alive=fleece.alive)
     except (errors.SourceLost, errors.NbdError) as e:
         raise fleece.lost(e) from None
 

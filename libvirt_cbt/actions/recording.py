@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import libvirt_cbt
 from libvirt_cbt import names
@@ -90,7 +90,9 @@ def _warnings(fleece: Fleece) -> List[str]:
     return found
 
 
-def backup_result(made: manifest.Manifest, seconds: float) -> results.Backup:
+def backup_result(
+    made: manifest.Manifest, seconds: float, audit: Optional[List[results.Audited]] = None
+) -> results.Backup:
     """What `backup` returns for a published generation."""
     return results.Backup(
         domain=made.domain.name,
@@ -103,6 +105,7 @@ def backup_result(made: manifest.Manifest, seconds: float) -> results.Backup:
         unprotected=unprotected_result(made.unprotected),
         seconds=seconds,
         warnings=list(made.warnings),
+        audit=audit,
     )
 
 

@@ -13,7 +13,7 @@ from libvirt_cbt import errors, names, processes
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import checkpoints, domain, job, quiesce, scratch
-from libvirt_cbt.repository import manifest, store
+from libvirt_cbt.repository import manifest, staging, store
 
 
 def recover(session: Session, domain_name: str) -> results.Recover:
@@ -41,6 +41,8 @@ def reconcile(session: Session, kept: store.DomainStore) -> Tuple[List[str], Lis
             raise
         except errors.CbtError as e:
             left.append(f"staging {leftover.id}: {e}")
+    if kept.settle():
+        done.append(f"removed the intent of generation {kept.generations()[-1].generation}")
     for sentence in done:
         session.watch.note(f"recovered: {sentence}")
     for sentence in left:
@@ -69,8 +71,14 @@ def _reconciled(session: Session, kept: store.DomainStore, leftover: store.Lefto
 
 
 def give_up(session: Session, kept: store.DomainStore, intent: manifest.Intent) -> None:
-    """Undoes a fleecing point that was left open.  Errors: HypervisorError; the next run tries again."""
-    _undo(session, intent)
+    """Undoes a fleecing point that was left open; what cannot be done now (the guest is off) the next run does."""
+    stage = staging.Staging(kept, intent)
+    stage.advance("running")
+    try:
+        _undo(session, intent)
+    except errors.CbtError as e:
+        session.watch.note(f"the next run cleans up what is left: {e}")
+        return
     for leftover in kept.leftovers():
         if leftover.id == intent.id:
             kept.discard(leftover)

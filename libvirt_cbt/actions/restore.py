@@ -7,8 +7,8 @@ import time
 from contextlib import ExitStack, contextmanager
 from typing import Collection, Iterator, List, Optional
 
-from libvirt_cbt import errors, extents, places, points, processes, tools
-from libvirt_cbt.actions import recording, results
+from libvirt_cbt import errors, extents, places, points, processes
+from libvirt_cbt.actions import reading, recording, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import check, qcow2, server
 from libvirt_cbt.nbdio.lanes import Options
@@ -34,9 +34,8 @@ def restore(
     if fmt not in ("raw", "qcow2"):
         raise errors.Usage(reason=f"the format is raw or qcow2, not '{fmt}'")
     kept = session.stored(domain_name)
-    point = points.at(at)
-    generation = _with_data(kept, point)
-    wanted = [(d, os.path.join(output, f"{d.target}.{fmt}")) for d in _wanted(kept, generation, disks)]
+    generation = reading.with_data(kept, points.at(at))
+    wanted = [(d, os.path.join(output, f"{d.target}.{fmt}")) for d in reading.chosen(kept, generation, disks)]
     _prepare(output, [path for _, path in wanted])
     files = []
     for disk, path in wanted:
@@ -51,32 +50,6 @@ def restore(
         unprotected=recording.unprotected_result(generation.unprotected),
         seconds=round(time.monotonic() - begun, 3),
     )
-
-
-def _with_data(kept: store.DomainStore, point: points.Point) -> manifest.Manifest:
-    """The generation at a point; `latest` is the newest that holds data."""
-    if isinstance(point, points.Latest):
-        for candidate in reversed(kept.generations()):
-            if candidate.kind != "mark":
-                return candidate
-    found = kept.resolve(point)
-    if found.kind == "mark":
-        raise errors.NoSuchBackup(domain=kept.name, point=f"{point} (it is a mark)", repository=kept.repository.path)
-    return found
-
-
-def _wanted(
-    kept: store.DomainStore, generation: manifest.Manifest, disks: Collection[str]
-) -> List[manifest.ManifestDisk]:
-    chosen = [generation.require(t) for t in disks] or [d for d in generation.disks if d.mode != "mark"]
-    for disk in chosen:
-        if disk.mode == "mark":
-            raise errors.NoSuchBackup(
-                domain=kept.name,
-                point=f"{generation.generation} of disk {disk.target}",
-                repository=kept.repository.path,
-            )
-    return chosen
 
 
 def _prepare(output: str, paths: List[str]) -> None:
@@ -168,17 +141,9 @@ def _layers(paths: List[str], run_dir: str) -> Iterator[List[server.Endpoint]]:
         try:
             endpoints = stack.enter_context(server.layers(paths, run_dir))
         except errors.ToolFailed as e:
-            for path in paths:
-                _open_alone(path)
+            server.require_open(paths)
             raise e from None
         yield endpoints
-
-
-def _open_alone(path: str) -> None:
-    try:
-        tools.run(["qemu-img", "info", "-U", "--output=json", server.alone(path)])
-    except errors.ToolFailed as e:
-        raise errors.Damaged(path=path, reason=str(e)) from None
 
 
 @contextmanager

@@ -66,6 +66,23 @@ class Unprotected:
 
 
 @dataclass(frozen=True)
+class Extent:
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What an audit compared; of the extents that differ the first hundred.  Unreadable: the chain is damaged there."""
+
+    target: str
+    compared_bytes: int
+    differing_bytes: int
+    unreadable_bytes: int
+    extents: List[Extent]
+
+
+@dataclass(frozen=True)
 class Backup:
     domain: str
     uuid: str
@@ -78,6 +95,7 @@ class Backup:
     seconds: float
     warnings: List[str]
     dry_run: bool = False
+    audit: Optional[List[Audited]] = None
 
 
 @dataclass(frozen=True)
@@ -255,3 +273,31 @@ class Heatmap:
     granularity: Optional[int]
     regions: List[HeatRegion]
     generations: List[HeatGeneration]
+
+
+@dataclass(frozen=True)
+class ServedDisk:
+    """`bitmap` is None without --since; `context` is its name as a meta context; `granularity` in bytes."""
+
+    target: str
+    uri: str
+    export: str
+    bitmap: Optional[str]
+    context: Optional[str]
+    capacity: int
+    granularity: Optional[int]
+    dirty_bytes: Optional[int]
+
+
+@dataclass(frozen=True)
+class Serve:
+    """`since` is a generation, 0 for everything, None when it was not asked for."""
+
+    domain: str
+    uuid: str
+    backup: str
+    generation: int
+    since: Optional[int]
+    sockets: List[str]
+    disks: List[ServedDisk]
+    unprotected: List[Unprotected]

@@ -23,6 +23,7 @@ COMMANDS: Final[Dict[str, str]] = {
     "changed": "which blocks changed between two generations",
     "heatmap": "which regions of a disk change how often",
     "restore": "write a backup's disks as images",
+    "serve": "show a backup over NBD, with what changed since an older one",
     "verify": "re-read and re-hash what is stored",
     "recover": "put right what a crash left; safe to repeat",
     "untrack": "take our checkpoints off a domain",

@@ -43,6 +43,8 @@ Examples:
 @click.option(
     "--max-duration", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="End the job (14) after that."
 )
+@click.option("--audit", is_flag=True, help="Read whole disks and compare them with the backups (16 if they differ).")
+@click.option("--heal", is_flag=True, help="With --audit: store what differs.")
 @click.option("--dry-run", is_flag=True, help="Estimate, change nothing.")
 @copying.options
 @click.pass_obj
@@ -96,6 +98,8 @@ def _show(made: results.Backup) -> None:
     output.table(
         ("disk", "mode", "capacity", "changed", "data", "zero", "stored", "reason"), rows, right=(2, 3, 4, 5, 6)
     )
+    for audit in made.audit or []:
+        print(f"audited {audit.target}: {output.size(audit.compared_bytes)} compared, {audit.differing_bytes} bytes differ")
     for left_out in made.unprotected:
         print(f"not protected: {left_out.target}: {left_out.reason}")
     for warning in made.warnings:

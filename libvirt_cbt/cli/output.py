@@ -39,7 +39,8 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         for number in SIGNALS:
             try:
-                self._before[number] = signal.signal(number, self._caught)
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+                    self._before[number] = signal.signal(number, self._caught)
             except ValueError:
                 break  # not the main thread: somebody else's program minds the signals
         return self
@@ -72,31 +73,40 @@ def run(
 
     results: List[Any] = []
     first: Optional[errors.CbtError] = None
-    with Interrupts() as interrupts, _Reported() as reported:
-        shown = settings.quiet or settings.json
-        watch: Watch = progress.watch(interrupts.check, quiet=shown, verbose=settings.verbose)
-        with Session(settings.uri, settings.repository, watch) as session:
-            for job in jobs:
-                try:
+    with Interrupts() as interrupts:  # to the last byte that is printed: what was published is told
+        with _Reported() as reported:
+            shown = settings.quiet or settings.json
+            watch: Watch = progress.watch(interrupts.check, quiet=shown, verbose=settings.verbose)
+            with Session(settings.uri, settings.repository, watch) as session:
+                for job in jobs:
                     try:
-                        found = job(session)
-                    finally:
-                        progress.finish(watch)  # the terminal is free again before anything is said
-                except errors.CbtError as e:
-                    first = first or e
-                    print(f"libvirt-cbt: {e}", file=sys.stderr)
-                    if isinstance(e, errors.Interrupted):
-                        break
-                else:
-                    for one in found if isinstance(found, list) else [found]:
-                        results.append(one)
-                        if always or not settings.json:
-                            show(one)
-    first = first or reported.error
-    if settings.json:
-        print(json.dumps(document(results, first), ensure_ascii=False))
+                        found = _ended(job, session, watch)
+                    except errors.CbtError as e:
+                        first = first or e
+                        print(f"libvirt-cbt: {e}", file=sys.stderr)
+                        if isinstance(e, errors.Interrupted):
+                            break
+                    else:
+                        for one in found:
+                            results.append(one)
+                            if always or not settings.json:
+                                show(one)
+        first = first or reported.error
+        if settings.json:
+            print(json.dumps(document(results, first), ensure_ascii=False), flush=True)
     if first:
         raise SystemExit(first.code)
+
+
+def _ended(job: Callable[[Session], Any], session: Session, watch: Watch) -> List[Any]:
+    """What a job returned, the terminal free again before anything is said."""
+    from libvirt_cbt.cli import progress
+
+    try:
+        found = job(session)
+    finally:
+        progress.finish(watch)
+    return found if isinstance(found, list) else [found]
 
 
 def fail(settings: Settings, error: errors.CbtError) -> NoReturn:

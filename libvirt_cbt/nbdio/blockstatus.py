@@ -13,7 +13,7 @@ https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Sequence, Tuple
+from typing import Final, List, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +77,18 @@ def merge(offset: int, length: int, allocation: Sequence[int] | None, dirty: Seq
     return Status(starts + base, edges + base, zero, marked)
 
 
+def mark(status: Status, extra: extents.Extents) -> Status:
+    """The same pieces, and those bytes of them that `extra` (ordered, any state) covers are dirty, too."""
+    if not len(extra) or not len(status.end):
+        return status
+    inside = extents.clip(extra, int(status.start[0]), int(status.end[-1]))
+    added = np.stack((inside["offset"], extents.ends(inside)), axis=1).ravel()
+    edges = np.unique(np.concatenate((status.start, status.end[-1:], added)))
+    start = edges[:-1]
+    piece = np.searchsorted(status.start, start, side="right") - 1
+    return Status(start, edges[1:], status.zero[piece], status.dirty[piece] | _within(added, start))
+
+
 def delta(status: Status) -> extents.Extents:
     """D(j) of one window: exactly the dirty bytes, and "zero" only where whole cells of 4 KiB are.
 
@@ -91,6 +103,46 @@ def delta(status: Status) -> extents.Extents:
     inside = _within(dirty, begin) & (length > 0)
     state = np.where(_within(filled, begin), extents.DATA, extents.ZERO)
     return extents.coalesce(extents.make(begin[inside], length[inside], state[inside]))
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Bytes [start, end) in order, apart from each other."""
+
+    start: U64
+    end: U64
+
+    @property
+    def total(self) -> int:
+        return int((self.end - self.start).sum())
+
+    def inside(self, low: int, high: int) -> List[Tuple[int, int]]:
+        """Those that touch [low, high), cut to it."""
+        first = int(np.searchsorted(self.end, np.uint64(low), side="right"))
+        last = int(np.searchsorted(self.start, np.uint64(high), side="left"))
+        pairs = zip(self.start[first:last].tolist(), self.end[first:last].tolist())
+        return [(max(a, low), min(b, high)) for a, b in pairs]
+
+    def whole_grains(self, low: int, capacity: int) -> extents.Extents:
+        """The grains from `low` on that lie inside one stretch; a disk's last one may be short."""
+        start = -((low - self.start.astype(np.int64)) // extents.GRAIN)
+        end = self.end.astype(np.int64)
+        stop = np.where(end == capacity, -((low - end) // extents.GRAIN), (end - low) // extents.GRAIN)
+        some = stop > start
+        first, last = start[some] * extents.GRAIN, stop[some] * extents.GRAIN
+        return extents.make(first + low, last - first, extents.DATA)
+
+
+def covered(status: Status | None, also: extents.Extents) -> Stretches:
+    """What is dirty in `status` (None: nothing), or in the extents of `also`, joined, to the byte."""
+    start, end = also["offset"], extents.ends(also)
+    if status is not None:
+        start = np.concatenate((status.start[status.dirty], start))
+        end = np.concatenate((status.end[status.dirty], end))
+    order = np.argsort(start, kind="stable")
+    start, end = start[order], np.maximum.accumulate(end[order])
+    apart = np.append(True, start[1:] > end[:-1])[: len(start)]
+    return Stretches(start[apart], end[np.append(apart[1:], True)[: len(start)]])
 
 
 def _cells(start: U64, end: U64, grain: int) -> U64:

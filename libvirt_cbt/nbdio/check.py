@@ -78,10 +78,12 @@ class _Check(lanes.Lane):
     def open(self, stop: Callable[[], None]) -> None:
         for endpoint in self._endpoints:
             self._sources += client.connect(endpoint, 1, (), None, stop)
-            self.connections = [*self._sources]
         if self._output and self._output.endpoint:
             [self._sink] = client.connect(self._output.endpoint, 1, (), None, stop)
-            self.connections.append(self._sink)
+
+    @property
+    def connections(self) -> List[client.Connection]:
+        return [*self._sources, *([self._sink] if self._sink else [])]
 
     @property
     def done(self) -> bool:

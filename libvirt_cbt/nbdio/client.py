@@ -41,6 +41,14 @@ class Lost(Exception):
         self.connection = connection
 
 
+class Unmade(Exception):
+    """A connection could not be made; `hopeless`: nobody listens there or answers, so asking again is of no use."""
+
+    def __init__(self, reason: str, error: int = 0) -> None:
+        super().__init__(reason)
+        self.hopeless = error in (errno.ENOENT, errno.ECONNREFUSED, errno.ETIMEDOUT)
+
+
 class Connection:
     """One handle; requests are counted, finished ones wait in a queue until `settle` is called."""
 
@@ -59,11 +67,11 @@ class Connection:
             while self._handle.aio_is_connecting():
                 stop()
                 if time.monotonic() > deadline:
-                    raise errors.NbdError(export=endpoint.export, reason="the server does not answer")
+                    raise Unmade("the server does not answer", errno.ETIMEDOUT)
                 turn([self])
             self.size = int(self._handle.get_size())  # raises when the server refused us
             if self.size < 0:
-                raise errors.NbdError(export=endpoint.export, reason="the server names an impossible size")
+                raise Unmade("the server names an impossible size")
             # QEMU cuts the connection at the first unreadable sector of a reply in several chunks; of a reply that may
             # not be fragmented it says which request failed (nbd/server.c, nbd_do_cmd_read).  All we read is data.
             self._read_flags = int(nbd.CMD_FLAG_DF) if self._handle.can_df() else 0
@@ -75,9 +83,9 @@ class Connection:
             # still open keeps QEMU from ending the job.
             self.drop()
             if isinstance(e, nbd.Error):
-                raise errors.NbdError(export=endpoint.export, reason=_sentence(e)) from None
+                raise Unmade(_sentence(e), e.errnum) from None
             if isinstance(e, Lost):
-                raise errors.NbdError(export=endpoint.export, reason=str(e)) from None
+                raise Unmade(str(e)) from None
             raise
 
     def read(self, buffer: Any, offset: int, done: Finished) -> None:
@@ -167,7 +175,10 @@ class Connection:
             pass  # it is gone already
 
     def drop(self) -> None:
-        """Frees the handle, and with it the buffers of requests that a hanging server still has."""
+        """Frees the handle, and with it the buffers of requests that a hanging server still has.
+
+        Nothing is written into them from here on: libnbd has no thread, it writes only when `notify` lets it.
+        """
         self._handle = None  # the binding has no close(): the last reference is what holds the socket open
         self._finished.clear()
 
@@ -190,6 +201,16 @@ def connect(
     endpoint: Endpoint, count: int, contexts: Sequence[str], capacity: Optional[int], stop: Callable[[], None]
 ) -> List[Connection]:
     """`count` connections to one export.  Errors: NbdError also when its size is not `capacity` bytes."""
+    try:
+        return attempt(endpoint, count, contexts, capacity, stop)
+    except Unmade as e:
+        raise errors.NbdError(export=endpoint.export, reason=str(e)) from None
+
+
+def attempt(
+    endpoint: Endpoint, count: int, contexts: Sequence[str], capacity: Optional[int], stop: Callable[[], None]
+) -> List[Connection]:
+    """The same for a caller who may try again.  Errors: Unmade, NbdError when the size is not `capacity` bytes."""
     made: List[Connection] = []
     try:
         for _ in range(count):

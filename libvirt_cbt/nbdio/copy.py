@@ -10,21 +10,20 @@ Block status is asked in windows and dropped after use: the whole map is never i
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Callable, Deque, Dict, Final, List, Optional, Sequence
+from typing import Callable, Deque, Final, List, Optional, Sequence
 
 import numpy as np
 
 from libvirt_cbt import errors, extents
-from libvirt_cbt.nbdio import blockstatus, client, lanes
+from libvirt_cbt.nbdio import blockstatus, client, lanes, source
 from libvirt_cbt.nbdio.blockstatus import Status
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.nbdio.server import Endpoint
 
-WINDOW: Final = (1 << 32) - extents.GRAIN  # the longest length of a request without extended headers, in grains
+WINDOW: Final = source.WINDOW
 AHEAD: Final = 1024  # runs prepared before the next block status is asked for
 
 ALL: Final = "all"
@@ -41,12 +40,17 @@ class Sink:
     has_parent: bool
 
 
+def none(_low: int, _high: int) -> extents.Extents:
+    return extents.empty()
+
+
 @dataclass(frozen=True)
 class Pull:
     """One disk to read.  `bitmap` None: all that is allocated counts as dirty.
 
-    `also(low, high)` gives further extents to copy (the deltas of marks since the parent).  `delta` gets D(j) as EXTENT
-    arrays and `contents` the runs stored as CONTENT arrays, both in ascending offset.  Sizes in bytes.
+    `also(low, high)` gives further extents to copy (the deltas of marks since the parent), `extra_dirty(low, high)`
+    extents that count as dirty though the bitmap does not know them: they are copied and in D(j).  `delta` gets D(j) as
+    EXTENT arrays and `contents` the runs stored as CONTENT arrays, both in ascending offset.  Sizes in bytes.
     """
 
     target: str
@@ -59,17 +63,23 @@ class Pull:
     also: Callable[[int, int], extents.Extents]
     delta: Callable[[extents.Extents], None]
     contents: Callable[[extents.Extents], None]
+    extra_dirty: Callable[[int, int], extents.Extents] = none
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """Bytes: of D(j), stored as data, stored as zero, read over NBD."""
+    """Bytes: of D(j), stored as data, stored as zero, read over NBD; and how often the source was connected again."""
 
     target: str
     dirty_bytes: int
     data_bytes: int
     zero_bytes: int
     read_bytes: int
+    reconnects: int = 0
+
+
+def always() -> bool:
+    return True
 
 
 def pull(
@@ -78,13 +88,19 @@ def pull(
     *,
     progress: Callable[[str, int, int], None],
     stop: Callable[[], None],
+    alive: Callable[[], bool] = always,
 ) -> List[Pulled]:
     """Reads all disks at once; when it returns everything is flushed and every connection is closed.
 
-    Errors: SourceLost, SourceStalled, SourceUnreadable, NbdError, RepositoryFull, RepositoryError; what `stop` raises.
+    A source whose connection is cut is connected again, `options.reconnects` times a disk, and read on, as long as
+    `alive` says that the same job still exports it: a later one is another moment.  It is asked before and after each
+    new connection.
+
+    Errors: SourceLost, SourceStalled, SourceUnreadable, NbdError, RepositoryFull, RepositoryError; what `stop` and
+    `alive` raise.
     """
     with ExitStack() as stack:
-        disks = [_Disk(one, options, progress) for one in pulls]
+        disks = [_Disk(one, options, progress, alive) for one in pulls]
         stack.callback(lanes.close, disks)
         for disk in disks:
             disk.open(stop)
@@ -104,40 +120,43 @@ class _Window:
 
 
 class _Disk(lanes.Lane):
-    def __init__(self, pull: Pull, options: Options, progress: Callable[[str, int, int], None]) -> None:
+    def __init__(
+        self, pull: Pull, options: Options, progress: Callable[[str, int, int], None], alive: Callable[[], bool]
+    ) -> None:
         super().__init__(pull.target, options)
         self.pull, self._progress = pull, progress
-        self._sources: List[client.Connection] = []
+        self._source = source.Source(pull.target, pull.source, pull.capacity, pull.bitmap, options, alive)
+        self._survey = source.Survey(self._source, WINDOW, self._learned, self._unreadable)
         self._sinks: List[client.Connection] = []
-        self._position = 0  # how far block status is known
-        self._asking = False
-        self._pending: Optional[Status] = None  # known, but short of a whole grain
         self._tail = extents.empty()  # the delta's last extent, which may go on in the next window
         self._windows: Deque[_Window] = deque()
         self._flushed = False
         self._dirty = self._data = self._zero = self._read = 0
 
     def open(self, stop: Callable[[], None]) -> None:
-        contexts = [blockstatus.ALLOCATION] + ([self.pull.bitmap] if self.pull.bitmap else [])
-        self._sources = client.connect(self.pull.source, self.options.connections, contexts, self.pull.capacity, stop)
-        self.connections += self._sources
-        if self.pull.bitmap and any(self.pull.bitmap not in c.contexts for c in self._sources):
-            # The server leaves an unknown context out in silence; an increment without it would be empty.
-            raise errors.NbdError(export=self.pull.source.export, reason=f"it does not offer '{self.pull.bitmap}'")
+        self._source.open(stop)
         if self.pull.sink:
             self._sinks = client.connect(self.pull.sink.endpoint, 1, (), None, stop)
-            self.connections += self._sinks
 
     def result(self) -> Pulled:
-        return Pulled(self.target, self._dirty, self._data, self._zero, self._read)
+        return Pulled(self.target, self._dirty, self._data, self._zero, self._read, self._source.reconnects)
+
+    @property
+    def connections(self) -> List[client.Connection]:
+        return [*self._source.connections, *self._sinks]
 
     @property
     def _read_all(self) -> bool:
-        return self._position == self.pull.capacity and not self._windows and not self.busy and not self._asking
+        return self._survey.position == self.pull.capacity and not self._windows and not self.busy
 
     @property
     def done(self) -> bool:
         return self._read_all and self._flushed
+
+    def recover(self, lost: client.Lost, stop: Callable[[], None]) -> None:
+        if lost.connection in self._sinks:
+            raise self.lost(lost)
+        self._source.reopen(str(lost), stop)
 
     def lost(self, gone: client.Lost) -> errors.CbtError:
         if self.pull.sink and gone.connection in self._sinks:
@@ -145,7 +164,11 @@ class _Disk(lanes.Lane):
         return super().lost(gone)
 
     def stalled(self) -> errors.CbtError:
-        if self.pull.sink and any(c.in_flight for c in self._sinks) and not any(c.in_flight for c in self._sources):
+        if (
+            self.pull.sink
+            and any(c.in_flight for c in self._sinks)
+            and not any(c.in_flight for c in self._source.connections)
+        ):
             return errors.RepositoryError(
                 reason=f"writing {self.pull.sink.path} has not moved for {self.options.stall_seconds:.0f} s"
             )
@@ -168,42 +191,17 @@ class _Disk(lanes.Lane):
     # Block status
 
     def _ask(self) -> None:
-        waiting = sum(len(w.rows) - w.next for w in self._windows)
-        if self._asking or self._position == self.pull.capacity or waiting > AHEAD:
-            return
-        source = self._sources[0]
-        length = min(WINDOW, self.pull.capacity - self._position)
-        if not source.contexts:  # no server of ours or libvirt's, but the protocol allows it
-            self._learn(length, 0, {})
-            return
-        self._asking = True
-        source.block_status(length, self._position, lambda e, found: self._learn(length, e, found))
+        if sum(len(w.rows) - w.next for w in self._windows) <= AHEAD:
+            self._survey.ask()
 
-    def _learn(self, length: int, error: int, found: Dict[str, List[int]]) -> None:
-        self._asking = False
-        if error:
-            raise self._unreadable(self._position, length, error)
-        contexts = self._sources[0].contexts
-        allocation = found.get(blockstatus.ALLOCATION, []) if blockstatus.ALLOCATION in contexts else None
-        dirty = found.get(self.pull.bitmap, []) if self.pull.bitmap else None
-        status = blockstatus.merge(self._position, length, allocation, dirty)
-        if not len(status.end):
-            raise errors.NbdError(
-                export=self.pull.source.export, reason=f"block status makes no progress at offset {self._position}"
-            )
-        self._position = int(status.end[-1])
-        if self._pending:
-            status = blockstatus.join([self._pending, status])
-        whole = (
-            self._position if self._position == self.pull.capacity else self._position // extents.GRAIN * extents.GRAIN
-        )
-        ready, rest = status.cut(whole)
-        self._pending = rest if len(rest.end) else None
+    def _learned(self) -> None:
+        ready = self._survey.take(self._survey.whole)
         if len(ready.end):
             self._prepare(ready)
 
     def _prepare(self, status: Status) -> None:
         low, high = int(status.start[0]), int(status.end[-1])
+        status = blockstatus.mark(status, self.pull.extra_dirty(low, high))
         dirty = blockstatus.delta(status)
         self._dirty += extents.total(dirty)
         joined = extents.coalesce(np.concatenate([self._tail, dirty]))
@@ -254,12 +252,12 @@ class _Disk(lanes.Lane):
 
         def arrived(error: int) -> None:
             if error:
-                raise self._unreadable(offset, length, error)
+                self._unreadable(offset, length, error)
             self._read += length
             window.rows["digest"][row] = np.frombuffer(lanes.digest(view), np.uint8)
-            self.least_busy(self._sinks).write(buffer, offset, lambda e: self._run_written(window, e, buffer))
+            lanes.least_busy(self._sinks).write(buffer, offset, lambda e: self._run_written(window, e, buffer))
 
-        self.least_busy(self._sources).read(view, offset, arrived)
+        self._source.read(view, offset, arrived)
 
     def _write_zeroes(self, window: _Window, offset: int, length: int) -> None:
         padded = -(-length // extents.GRAIN) * extents.GRAIN
@@ -271,7 +269,7 @@ class _Disk(lanes.Lane):
             else:
                 self._write_zeroes(window, offset + piece, padded - piece)
 
-        self.least_busy(self._sinks).zero(piece, offset, written)
+        lanes.least_busy(self._sinks).zero(piece, offset, written)
 
     def _run_written(self, window: _Window, error: int, buffer: Optional[bytearray]) -> None:
         if buffer is not None:
@@ -287,7 +285,5 @@ class _Disk(lanes.Lane):
         if error:
             raise lanes.write_failed(self.pull.sink.path if self.pull.sink else "", error)
 
-    def _unreadable(self, offset: int, length: int, error: int) -> errors.CbtError:
-        if error in lanes.GONE:
-            return errors.SourceLost(target=self.target, reason=os.strerror(error))
-        return errors.SourceUnreadable(target=self.target, offset=offset, length=length, reason=os.strerror(error))
+    def _unreadable(self, offset: int, length: int, error: int) -> None:
+        raise self._source.unreadable(offset, length, error)

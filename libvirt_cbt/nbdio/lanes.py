@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Final, List, Sequence
 
@@ -25,36 +26,53 @@ GONE: Final = (errno.ENOTCONN, errno.ESHUTDOWN, errno.EPIPE, errno.ECONNRESET)  
 
 @dataclass(frozen=True)
 class Options:
-    """Bounds of the copy: bytes a request, requests in flight a disk, connections a disk, seconds without progress."""
+    """Bounds of the copy.
+
+    Bytes a request, requests in flight a disk, connections a disk, seconds without progress, and how often the
+    connections of a disk are made again after they were cut.
+    """
 
     request_size: int = 256 * 1024
     requests: int = 8
     connections: int = 1
     stall_seconds: float = 300.0
+    reconnects: int = 3
 
     def __post_init__(self) -> None:
         if not extents.GRAIN <= self.request_size <= LONGEST_RUN or self.request_size % extents.GRAIN:
             raise errors.Usage(reason="--request-size is a multiple of 64 KiB, at most 1 MiB")
         if not 1 <= self.requests <= 256 or not 1 <= self.connections <= 16:
             raise errors.Usage(reason="--requests is 1 to 256 and --connections 1 to 16")
+        if not 0 <= self.reconnects <= 100:
+            raise errors.Usage(reason="a lost connection is made again 0 to 100 times")
 
 
-class Lane:
+class Lane(ABC):
     """Buffers, slots and the clock of one disk."""
 
     def __init__(self, target: str, options: Options) -> None:
         self.target, self.options = target, options
-        self.connections: List[client.Connection] = []
         self.busy = 0  # slots taken
         self.moved = time.monotonic()
         self._pool: Dict[int, List[bytearray]] = {}
 
     @property
-    def done(self) -> bool:
-        raise AttributeError
+    @abstractmethod
+    def connections(self) -> List[client.Connection]:
+        """All that are open; those that were dropped are not among them."""
 
+    @property
+    @abstractmethod
+    def done(self) -> bool:
+        """Nothing is left to do."""
+
+    @abstractmethod
     def advance(self) -> None:
         """Submits what may be submitted."""
+
+    def recover(self, lost: client.Lost, stop: Callable[[], None]) -> None:
+        """Goes on after the loss of a connection, or raises what it means."""
+        raise self.lost(lost)
 
     def lost(self, gone: client.Lost) -> errors.CbtError:
         return errors.SourceLost(target=self.target, reason=str(gone))
@@ -75,9 +93,9 @@ class Lane:
         if len(kept) < POOL:
             kept.append(buffer)
 
-    @staticmethod
-    def least_busy(connections: Sequence[client.Connection]) -> client.Connection:
-        return connections[0] if len(connections) == 1 else min(connections, key=lambda c: c.in_flight)
+
+def least_busy(connections: Sequence[client.Connection]) -> client.Connection:
+    return connections[0] if len(connections) == 1 else min(connections, key=lambda c: c.in_flight)
 
 
 def close(lanes: Sequence[Lane]) -> None:
@@ -88,26 +106,39 @@ def run(lanes: Sequence[Lane], stop: Callable[[], None]) -> None:
     """Turns until every lane is done.  Errors: what `stop` or a lane raises; SourceLost, SourceStalled."""
     while True:
         stop()
-        waiting: List[client.Connection] = []
         for lane in lanes:
-            try:
-                lane.settle()
-                if not lane.done:
-                    lane.advance()
-            except client.Lost as gone:
-                raise lane.lost(gone) from None
-            waiting += [c for c in lane.connections if c.in_flight]
+            _step(lane, stop)
         if all(lane.done for lane in lanes):
             return
-        try:
-            # Judged after a turn in which nothing came: whoever stopped us for an hour did not stall the server.
-            quiet = not client.turn(waiting)
-        except client.Lost as gone:
-            owner = next(lane for lane in lanes if gone.connection in lane.connections)
-            raise owner.lost(gone) from None
+        # Judged after a turn in which nothing came: whoever stopped us for an hour did not stall the server.
+        quiet = not _turn(lanes, stop)
         for lane in lanes:
             if quiet and not lane.done and time.monotonic() - lane.moved > lane.options.stall_seconds:
                 raise lane.stalled()
+
+
+def _step(lane: Lane, stop: Callable[[], None]) -> None:
+    try:
+        lane.settle()
+        if not lane.done:
+            lane.advance()
+        return
+    except client.Lost as gone:
+        lost = client.Lost(gone.connection, str(gone))
+    # Out here, and without the exception's traceback: its frames hold the handle, which could not be freed.
+    lane.recover(lost, stop)
+    lane.moved = time.monotonic()
+
+
+def _turn(lanes: Sequence[Lane], stop: Callable[[], None]) -> int:
+    try:
+        return client.turn([c for lane in lanes for c in lane.connections if c.in_flight])
+    except client.Lost as gone:
+        lost = client.Lost(gone.connection, str(gone))
+    owner = next(lane for lane in lanes if lost.connection in lane.connections)
+    owner.recover(lost, stop)
+    owner.moved = time.monotonic()
+    return 1
 
 
 def digest(data: Any) -> bytes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional
+import json
+from typing import Any, Dict, Optional
 
 from libvirt_cbt import errors, extents, tools
 
@@ -31,7 +32,16 @@ def create_layer(path: str, size: int, *, backing: Optional[str], compress: bool
 def finish_layer(path: str, size: int) -> None:
     """Cuts a written layer to the disk's exact size."""
     if rounded(size) != size:
-        tools.run(["qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", path, str(size)])
+        # Alone, as it was written: a damaged or missing parent must not end a backup here.
+        tools.run(["qemu-img", "resize", "-q", "--shrink", "json:" + json.dumps(alone(path)), str(size)])
+
+
+def alone(path: str) -> Dict[str, Any]:
+    """A layer by itself as a block node.
+
+    It needs no backing file to be written in whole grains or to be read by itself, and a long chain stays shut.
+    """
+    return {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
 
 
 def create_image(path: str, size: int) -> None:

@@ -11,13 +11,14 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Final, Iterator, List, Sequence
+from typing import Any, Final, Iterator, List, Optional, Sequence
 
-from libvirt_cbt import errors, names, tools
+from libvirt_cbt import errors, names, processes, tools
 from libvirt_cbt.nbdio import qcow2
 
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 60.0
+READERS: Final = "read-"  # what the folders of restore, verify and their like begin with
 GREETING: Final = b"NBDMAGIC"  # the first bytes of every NBD server
 
 
@@ -37,11 +38,11 @@ def sink(layer: str, run_dir: str, *, compress: bool) -> Iterator[Endpoint]:
     """
     qcow2.refuse_external_data(layer)
     name = os.path.basename(layer)
-    node = _alone(layer)
+    node = qcow2.alone(layer)
     opened = {"driver": "compress", "file": node} if compress else node
     path = os.path.join(run_dir, f"sink-{name.partition('.')[0]}.sock")
     argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--export-name=layer", f"--socket={path}"]
-    with _running([*argv, "json:" + json.dumps(opened)], path):
+    with running([*argv, "json:" + json.dumps(opened)], path):
         yield Endpoint(path, "layer")
 
 
@@ -50,7 +51,7 @@ def image(path: str, fmt: str, run_dir: str) -> Iterator[Endpoint]:
     """One image of a restore, for writing."""
     where = os.path.join(run_dir, "image.sock")
     argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--export-name=image", f"--socket={where}"]
-    with _running([*argv, f"--format={fmt}", "--", path], where):
+    with running([*argv, f"--format={fmt}", "--", path], where):
         yield Endpoint(where, "image")
 
 
@@ -65,12 +66,32 @@ def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
     endpoints: List[Endpoint] = []
     for number, path in enumerate(paths):
         qcow2.refuse_external_data(path)
-        node = {**_alone(path), "node-name": f"n{number}", "read-only": True}
+        node = {**qcow2.alone(path), "node-name": f"n{number}", "read-only": True}
         argv += ["--blockdev", json.dumps(node)]
         argv += ["--export", f"type=nbd,id=e{number},node-name=n{number},name=layer{number}"]
         endpoints.append(Endpoint(where, f"layer{number}"))
-    with _running(argv, where):
+    with running(argv, where):
         yield endpoints
+
+
+@contextmanager
+def chain(paths: Sequence[str], run_dir: str) -> Iterator[Endpoint]:
+    """What a whole chain of layers (newest first, at least one) shows, read-only, by one storage daemon.
+
+    The chain is as `paths` say: what the headers name as backing files is never opened.  Errors: Damaged, ToolFailed.
+    """
+    name = os.path.basename(paths[0]).partition(".")[0]
+    where = os.path.join(run_dir, f"chain-{name}.sock")
+    argv = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={where.replace(',', ',,')}"]
+    below: Optional[str] = None
+    for number, path in reversed(list(enumerate(paths))):
+        qcow2.refuse_external_data(path)
+        node = {**qcow2.alone(path), "node-name": f"n{number}", "read-only": True, "backing": below}
+        argv += ["--blockdev", json.dumps(node)]
+        below = f"n{number}"
+    argv += ["--export", f"type=nbd,id=e,node-name={below},name=chain"]
+    with running(argv, where):
+        yield Endpoint(where, "chain")
 
 
 @contextmanager
@@ -78,7 +99,8 @@ def run_dir(root: str) -> Iterator[str]:
     """A directory of our own for sockets, mode 0700."""
     try:
         os.makedirs(root, mode=0o711, exist_ok=True)
-        path = tempfile.mkdtemp(prefix="read-", dir=root)
+        sweep(root)
+        path = tempfile.mkdtemp(prefix=f"{READERS}{processes.tag()}.", dir=root)
     except OSError as e:
         raise errors.HypervisorError(reason=f"cannot make a folder for sockets in {root}: {e.strerror}") from None
     try:
@@ -87,18 +109,34 @@ def run_dir(root: str) -> Iterator[str]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def sweep(root: str) -> List[str]:
+    """Removes the folders of readers that were killed; which."""
+    gone = []
+    for entry in list(os.scandir(root)) if os.path.isdir(root) else []:
+        name = entry.name.partition(".")[0]
+        if name.startswith(READERS) and processes.ended(name[len(READERS) :]) and entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+            gone.append(entry.path)
+    return gone
+
+
+def require_open(paths: Sequence[str]) -> None:
+    """Which of a chain's layers cannot be opened, when a server could not.  Errors: Damaged naming it."""
+    for path in paths:
+        try:
+            tools.run(["qemu-img", "info", "-U", "--output=json", alone(path)])
+        except errors.ToolFailed as e:
+            raise errors.Damaged(path=path, reason=str(e)) from None
+
+
 def alone(path: str) -> str:
     """A layer by itself, as a file name that qemu-img takes."""
-    return "json:" + json.dumps(_alone(path))
-
-
-def _alone(path: str) -> Dict[str, Any]:
-    # A layer needs no backing file to be written in whole grains or to be read by itself, and a long chain stays shut.
-    return {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
+    return "json:" + json.dumps(qcow2.alone(path))
 
 
 @contextmanager
-def _running(argv: List[str], path: str) -> Iterator[None]:
+def running(argv: List[str], path: str) -> Iterator[None]:
+    """A server of ours that listens on `path`, up to its greeting; ended by its process id.  Errors: ToolFailed."""
     if len(os.fsencode(path)) > 107:
         raise errors.HypervisorError(
             reason=f"the socket path {path} is too long; set LIBVIRT_CBT_RUN_DIR to a shorter one"

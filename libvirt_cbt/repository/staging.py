@@ -95,16 +95,15 @@ class Staging:
 def begun(kept: DomainStore, intent: Intent) -> Iterator[Staging]:
     """Makes staging/<id> with its intent, durably; removes it at the end unless it was published or must be kept."""
     staging = Staging(kept, intent)
-    with durable.explained(kept.repository.path, staging.path):
-        durable.make_directory(staging.path)
     try:
         with durable.explained(kept.repository.path, staging.path):
+            durable.make_directory(staging.path)
             durable.write_new(os.path.join(staging.path, "intent.json"), intent.dump())
             durable.sync_directory(staging.path)
         yield staging
     finally:
         staging.close()
-        if not staging.published and not staging.keep:
+        if not staging.published and not staging.keep and os.path.isdir(staging.path):
             try:
                 durable.remove_directory(staging.path, last="intent.json")
             except OSError:

@@ -14,6 +14,7 @@ from libvirt_cbt.repository import history, lock, npy
 from libvirt_cbt.repository.manifest import Intent, Layers, Manifest, RepositoryFile
 
 FILE: Final = "repository.json"
+UNFINISHED: Final = f"{FILE}.new"  # all that an `init` which was killed leaves
 
 
 class Repository:
@@ -32,7 +33,7 @@ class Repository:
                 content = os.listdir(path)
                 if FILE in content:
                     raise errors.RepositoryError(reason=f"{path} is a repository already; use it as it is")
-                if content:
+                if set(content) - {UNFINISHED}:
                     raise errors.RepositoryForeign(repository=path)
                 os.chmod(path, durable.DIRECTORY_MODE)
             else:
@@ -55,7 +56,7 @@ class Repository:
             file = os.path.join(path, FILE)
             # Asked first: whoever mistyped -r must not be told to chmod a directory that is none of ours.
             if not os.path.lexists(file):
-                if os.listdir(path):
+                if set(os.listdir(path)) - {UNFINISHED}:
                     raise errors.RepositoryForeign(repository=path)
                 raise errors.NoRepository(repository=path)
             if status.st_mode & 0o077:
@@ -313,6 +314,20 @@ class DomainStore:
                 intent = None
             found.append(Leftover(path, entry, intent))
         return found
+
+    def settle(self) -> bool:
+        """Removes the intent from the newest generation, where a crash right after the rename left it; whether it had.
+
+        The rename came after everything else was cleaned up, so that intent says nothing any more.
+        """
+        newest = self.generations()[-1:]
+        path = os.path.join(self.directory(newest[0].id), "intent.json") if newest else ""
+        if not newest or not os.path.lexists(path):
+            return False
+        with durable.explained(self.repository.path, path):
+            os.unlink(path)
+            durable.sync_directory(os.path.dirname(path))
+        return True
 
     def discard(self, leftover: Leftover) -> None:
         """Removes a staging directory."""

@@ -139,11 +139,12 @@ class PlainGuest(domain.Guest):
         device = f"/machine/peripheral/ua-{target}/virtio-backend"
         with open(self.host.qemu_log(self.name), encoding="utf-8", errors="replace") as log:
             log.seek(0, os.SEEK_END)
-            said = self.hmp(f'qemu-io -d {device} "{command}"')
-            said += log.read()  # the result is printed there, line by line; the monitor is told only of a wrong name
-        done = {"write": "wrote ", "discard": "discard ", "flush": ""}[command.split(" ", 1)[0]]
-        if "failed" in said or "Error" in said or done not in said:
-            raise WriteFailed(f"{target}: {command}: {said.strip()}")
+            answer = self.hmp(f'qemu-io -d {device} "{command}"')
+            said = log.read()  # the result is printed there, among other things; the monitor is told only of a wrong name
+        verb = command.split(" ", 1)[0]
+        done = {"write": "wrote ", "discard": "discard ", "flush": ""}[verb]
+        if "Error" in answer or f"{verb} failed" in said or done not in said:
+            raise WriteFailed(f"{target}: {command}: {answer.strip()} {said.strip()}")
 
     # Changes to the disks themselves.
 

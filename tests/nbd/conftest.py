@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +170,7 @@ class Chain:
         bitmap: Optional[str],
         *,
         also: Any = none_also,
+        extra_dirty: Any = none_also,
         stop: Any = nothing,
         progress: Any = nothing,
     ) -> Layer:
@@ -191,6 +191,7 @@ class Chain:
                 also=also,
                 delta=deltas.append,
                 contents=rows.append,
+                extra_dirty=extra_dirty,
             )
             [pulled] = copy.pull([one], self.options, progress=progress, stop=stop)
         qcow2.finish_layer(path, size)
@@ -282,54 +283,3 @@ def assert_same(found: Bytes, wanted: Bytes, what: str) -> None:
 
 def runs(array: extents.Extents) -> List[Tuple[int, int, int]]:
     return [(int(o), int(n), int(s)) for o, n, s in zip(array["offset"], array["length"], array["state"])]
-
-
-class Proxy:
-    """Hands bytes on between a client and a server, and after `budget` bytes from the server cuts or stalls."""
-
-    def __init__(self, folder: str, server_path: str, *, budget: int, cut: bool) -> None:
-        self.path = os.path.join(folder, f"proxy-{len(os.listdir(folder))}.sock")
-        self._server_path, self._budget, self._cut = server_path, budget, cut
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.path)
-        self._listener.listen()
-        self._sockets = [self._listener]
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(10)
-            assert not thread.is_alive()
-        for one in self._sockets:
-            one.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.socket(socket.AF_UNIX)
-                far.connect(self._server_path)
-                self._sockets += [near, far]
-                for ends in ((near, far, False), (far, near, True)):
-                    self._threads.append(threading.Thread(target=self._pump, args=ends))
-                    self._threads[-1].start()
-
-    def _pump(self, take: socket.socket, give: socket.socket, counted: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := take.recv(65536):
-                if counted:
-                    data, self._budget = data[: self._budget], self._budget - len(data)
-                give.sendall(data)
-                if counted and self._budget < 0:
-                    break
-        if self._cut or self._budget >= 0:
-            for one in (take, give):
-                with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)

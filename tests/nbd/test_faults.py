@@ -13,7 +13,8 @@ import pytest
 
 from libvirt_cbt import errors, extents
 from libvirt_cbt.nbdio import copy, lanes, qcow2, server
-from tests.nbd.conftest import MIB, Chain, Disk, Proxy, nbdkit, none_also, nothing, served
+from tests.guests.proxy import CUT, GO_AWAY, Proxy
+from tests.nbd.conftest import MIB, Chain, Disk, nbdkit, none_also, nothing, served
 
 SIZE = 16 * MIB
 QUICK = lanes.Options(stall_seconds=1.0)
@@ -28,6 +29,7 @@ def full(
     progress: Any = nothing,
     stop: Any = nothing,
     has_parent: bool = False,
+    options: lanes.Options = QUICK,
 ) -> copy.Pulled:
     one = copy.Pull(
         target="vda",
@@ -41,7 +43,7 @@ def full(
         delta=nothing,
         contents=nothing,
     )
-    return copy.pull([one], QUICK, progress=progress, stop=stop)[0]
+    return copy.pull([one], options, progress=progress, stop=stop)[0]
 
 
 def pattern(folder: str, *argv: str, size: int = SIZE) -> ContextManager[server.Endpoint]:
@@ -108,13 +110,21 @@ def test_an_unreadable_sector_is_named(folder: str, sector: int) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 100, 1 << 16, 5 * MIB, 15 * MIB])
-def test_a_cut_connection(folder: str, budget: int) -> None:
+@pytest.mark.parametrize("goes", [True, False])
+def test_a_lost_source(folder: str, budget: int, *, goes: bool) -> None:
+    """One that goes, or that is cut and may not be connected again; that it may is in test_reconnects."""
     begun = time.monotonic()
-    with pattern(folder) as source, memory(folder) as sink, Proxy(folder, source.socket, budget=budget, cut=True) as p:
+    options = lanes.Options() if goes else lanes.Options(reconnects=0)
+    with (
+        pattern(folder) as source,
+        memory(folder) as sink,
+        Proxy(f"{folder}/wire.sock", source.socket, budgets=[budget], then=GO_AWAY if goes else CUT) as p,
+    ):
         kind: Type[errors.CbtError] = errors.SourceLost if budget > 1000 else errors.NbdError
         with pytest.raises(kind) as caught:
-            full(server.Endpoint(p.path, ""), sink)
+            full(server.Endpoint(p.path, ""), sink, options=options)
         assert caught.value.kind in ("SourceLost", "NbdError")
+        assert len(p.handed) == 1
     assert time.monotonic() - begun < 5
 
 
@@ -271,7 +281,8 @@ def test_an_increment_is_whole_after_a_failed_attempt(folder: str) -> None:
     disk.next_bitmap()
     disk.write(("write", MIB // 2, 3 * MIB, 2))
     with disk.export() as source:
-        with memory(folder, size=4 * MIB) as sink, Proxy(folder, source.socket, budget=MIB, cut=True) as proxy:
+        wire = Proxy(f"{folder}/wire.sock", source.socket, budgets=[MIB], then=GO_AWAY)
+        with memory(folder, size=4 * MIB) as sink, wire as proxy:
             with pytest.raises(errors.SourceLost):
                 full(
                     server.Endpoint(proxy.path, "disk"),

@@ -9,9 +9,11 @@ import socket
 from typing import Any, Dict, List, Tuple
 
 import nbd
+import pytest
 
 from libvirt_cbt import extents
 from libvirt_cbt.nbdio import server
+from tests.guests.proxy import Proxy
 from tests.nbd.conftest import MIB, Chain, run, served
 
 SIZE = 24 * MIB + 512
@@ -95,7 +97,9 @@ def daemon(folder: str) -> List[str]:
     ]
 
 
-def test_a_moment_is_read_while_the_guest_writes_on(folder: str, rng: random.Random) -> None:
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_moment_is_read_while_the_guest_writes_on(folder: str, rng: random.Random, *, cut: bool) -> None:
+    """Also over a wire that is cut three times: the moment stays the same, and no lost client holds up its end."""
     with served(daemon(folder), f"{folder}/guest.sock"):
         guest, chain = Guest(folder), Chain(folder)
         guest.connect()
@@ -113,7 +117,10 @@ def test_a_moment_is_read_while_the_guest_writes_on(folder: str, rng: random.Ran
                 busy()
             source, model, bitmap = guest.freeze()
             before = guest.model[:]
-            chain.backup(source, model, bitmap if generation else None, progress=busy)
+            budgets = [1000 + rng.randrange(100 * 1024) for _ in range(3)] if cut else []
+            with Proxy.in_front_of(source.socket, budgets=budgets):
+                chain.backup(source, model, bitmap if generation else None, progress=busy)
+            assert chain.layers[-1].pulled.reconnects == len(budgets)
             assert guest.model != before or not extents.total(chain.layers[-1].delta)
             guest.thaw()
         guest.close()

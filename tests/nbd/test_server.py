@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import List
+from urllib.parse import quote
 
 import pytest
 
 from libvirt_cbt import errors
 from libvirt_cbt.nbdio import qcow2, server
-from tests.nbd.conftest import MIB, run
+from tests.nbd.conftest import MIB, assert_same, run
 
 
 def children() -> List[int]:
@@ -76,6 +78,66 @@ def test_an_export_of_many_layers_is_there_when_the_context_begins(folder: str) 
             run("nbdinfo", "--size", f"nbd+unix:///layer29?socket={endpoints[-1].socket}")
 
 
+def shows(endpoint: server.Endpoint, folder: str) -> bytes:
+    uri = f"nbd+unix:///{endpoint.export}?socket={quote(endpoint.socket)}"
+    run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, f"{folder}/shown.raw")
+    return Path(f"{folder}/shown.raw").read_bytes()
+
+
+def test_a_chain_of_sixty_layers_of_a_growing_disk(folder: str, rng: random.Random) -> None:
+    """Names in the headers are wrong on purpose: the chain is what the caller says."""
+    model = bytearray()
+    paths: List[str] = []
+    for number in range(60):
+        grown = rng.choice((0, 0, 512, 65536, 100 * 512)) if number else MIB
+        model += bytes(grown)
+        path = os.path.join(folder, f"layer-{number}.qcow2")
+        qcow2.create_layer(
+            path, len(model), backing=f"{number}.gone.qcow2" if number % 2 else "layer-0.qcow2", compress=True
+        )
+        offset = rng.randrange(len(model) // 65536) * 65536
+        byte = number % 4 and number + 1  # every fourth writes zeroes, which must hide what is below
+        length = min(3 * 65536, qcow2.rounded(len(model)) - offset)
+        command = f"write -P {byte} {offset} {length}" if byte else f"write -z {offset} {length}"
+        run("qemu-io", "-c", command, server.alone(path))
+        qcow2.finish_layer(path, len(model))
+        model[offset : offset + length] = bytes([byte]) * min(length, len(model) - offset)
+        paths.insert(0, path)
+    before = children()
+    with server.chain(paths, folder) as endpoint:
+        assert len(children()) == len(before) + 1
+        assert_same(shows(endpoint, folder), model, "the chain")
+        run("nbdinfo", "--is", "read-only", f"nbd+unix:///chain?socket={endpoint.socket}")
+    assert children() == before
+    with server.chain(paths[30:], folder) as endpoint:
+        assert len(shows(endpoint, folder)) <= len(model)
+
+
+def test_a_chain_ends_where_the_caller_says(folder: str) -> None:
+    """The oldest layer's own backing file, which a hostile repository could name, shows nothing."""
+    secret = os.path.join(folder, "secret.qcow2")
+    qcow2.create_layer(secret, MIB, backing=None, compress=True)
+    run("qemu-io", "-f", "qcow2", "-c", f"write -P 115 0 {MIB}", secret)
+    path = os.path.join(folder, "vda.qcow2")
+    qcow2.create_layer(path, MIB, backing="secret.qcow2", compress=True)
+    with server.chain([path], folder) as endpoint:
+        assert_same(shows(endpoint, folder), bytes(MIB), "the chain")
+    with server.chain([path, secret], folder) as endpoint:
+        assert_same(shows(endpoint, folder), b"s" * MIB, "the chain")
+
+
+def test_chains_of_two_disks_at_once(folder: str) -> None:
+    with server.chain([layer(folder)], folder) as one, server.chain([layer(folder, "vdb.qcow2")], folder) as two:
+        assert one != two
+        assert shows(one, folder) == shows(two, folder)
+
+
+def test_a_chain_with_a_layer_missing(folder: str) -> None:
+    with pytest.raises(errors.Damaged, match="No such file"):
+        with server.chain([layer(folder), f"{folder}/gone.qcow2"], folder):
+            pass
+
+
 def test_a_missing_layer(folder: str) -> None:
     with pytest.raises(errors.Damaged, match="No such file"):
         with server.layers([f"{folder}/gone.qcow2"], folder):
@@ -89,7 +151,8 @@ def test_a_layer_that_points_elsewhere_is_refused(folder: str) -> None:
     path = os.path.join(folder, "vda.qcow2")
     options = f"data_file={secret}.copy,data_file_raw=on"
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, str(MIB))
-    for opened in (server.layers([path], folder), server.sink(path, folder, compress=False)):
+    chained = server.chain([layer(folder, "vdb.qcow2"), path], folder)
+    for opened in (server.layers([path], folder), server.sink(path, folder, compress=False), chained):
         with pytest.raises(errors.Damaged, match="external data file"):
             with opened:
                 pass
@@ -117,6 +180,8 @@ def test_odd_names(folder: str) -> None:
     os.mkdir(odd)
     path = layer(odd, "sda:1,x.qcow2")
     with server.layers([path], odd):
+        pass
+    with server.chain([path, layer(odd, "sdb:1,x.qcow2")], odd):
         pass
     with server.sink(path, odd, compress=True), server.image(layer(odd, "i,m.qcow2"), "qcow2", odd):
         pass
@@ -159,6 +224,16 @@ def alive(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_layer_is_finished_without_its_parent(folder: str) -> None:
+    """What its header names is not opened, and stays written there."""
+    path = os.path.join(folder, "vda.qcow2")
+    qcow2.create_layer(path, MIB + 512, backing="../gone.qcow2", compress=True)
+    qcow2.finish_layer(path, MIB + 512)
+    info = json.loads(run("qemu-img", "info", "--output=json", "-f", "qcow2", path))
+    assert (info["virtual-size"], info["backing-filename"]) == (MIB + 512, "../gone.qcow2")
+    assert info["backing-filename-format"] == "qcow2"
 
 
 @pytest.mark.parametrize("size", [MIB, MIB + 512, 512])
