@@ -66,6 +66,7 @@ def _commit(found: List[Tuple[Point, str]]) -> int:
     return next(i for i, (p, what) in enumerate(found) if p.kind == "rename" and "/backups/" in what)
 
 
+@pytest.mark.fault(38)
 def test_everything_is_on_disk_before_it_is_published(world: World) -> None:
     """Row 38, for a whole backup; in the repository's own room tests/unit/test_repository_order has it finer."""
     world.write()
@@ -87,6 +88,7 @@ def test_everything_is_on_disk_before_it_is_published(world: World) -> None:
     assert {os.path.dirname(place), os.path.dirname(staging)} <= set(after)
 
 
+@pytest.mark.fault(39)
 def test_an_fsync_that_fails_fails_the_backup_and_nothing_is_lost(world: World, rng: random.Random) -> None:
     """Row 39: never tried again, as the kernel may have dropped what it could not write."""
     if not shutil.which("strace"):
@@ -120,6 +122,7 @@ def _swept(found: Sweep) -> None:
     assert not losses, f"with script/sweep --seed {found.seed}: " + "; ".join(losses)
 
 
+@pytest.mark.fault(7, 37)
 def test_a_sample_of_kill_points_loses_nothing(world: World, seed: int, rng: random.Random) -> None:
     found = Sweep(world, seed)
     chosen = rng.sample(list(COMMANDS), 3)

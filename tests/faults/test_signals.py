@@ -86,6 +86,7 @@ def _drawn(world: World, rng: random.Random, number: int) -> List[Point]:
     return [p for _, p in sweep.sample([("increment", p) for p in _points(world)], number, rng)]
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_backup_which_cleans_up_itself(
     world: World, rng: random.Random, number: signal.Signals

@@ -57,6 +57,7 @@ def memory(folder: str, *argv: str, size: int = SIZE) -> ContextManager[server.E
 # The source's answers
 
 
+@pytest.mark.fault(29)
 def test_a_missing_bitmap_is_fatal(folder: str) -> None:
     """NBD leaves an unknown context out in silence; an increment without it would be empty."""
     disk = Disk(folder, MIB)
@@ -65,6 +66,7 @@ def test_a_missing_bitmap_is_fatal(folder: str) -> None:
         full(source, sink, size=MIB, bitmap="qemu:dirty-bitmap:other", has_parent=True)
 
 
+@pytest.mark.fault(29)
 def test_without_allocation_all_is_read(folder: str) -> None:
     with memory(folder, "--filter=noextents") as source, memory(folder) as sink:
         assert full(source, sink).read_bytes == SIZE
@@ -72,6 +74,7 @@ def test_without_allocation_all_is_read(folder: str) -> None:
         assert full(source, sink).read_bytes == 0
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("size", [SIZE - 512, SIZE + 512])
 def test_another_size_is_refused(folder: str, size: int) -> None:
     with memory(folder, size=size) as source, memory(folder) as sink, pytest.raises(errors.NbdError, match="bytes"):
@@ -89,6 +92,7 @@ def test_no_server(folder: str) -> None:
         full(server.Endpoint(f"{folder}/nobody", ""), sink)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("sector", [0, 2048, 32767])
 def test_an_unreadable_sector_is_named(folder: str, sector: int) -> None:
     disk = Disk(folder, SIZE)
@@ -143,6 +147,7 @@ def stopped(process: subprocess.Popen[bytes]) -> Callable[..., None]:
     return progress
 
 
+@pytest.mark.fault(28)
 def test_a_stalled_source(folder: str) -> None:
     path, asked = f"{folder}/source.sock", []
     with served(["nbdkit", "-f", "-U", path, "pattern", f"size={SIZE}"], path) as process, memory(folder) as sink:
@@ -203,6 +208,7 @@ def test_a_long_stop_of_ourselves_is_no_stall(folder: str) -> None:
         assert full(source, sink, progress=progress).read_bytes == SIZE
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("raised", [True, False])
 def test_no_client_is_left(folder: str, raised: bool) -> None:
     """Every handle has said goodbye when pull returns or raises: CVE-2024-7409 of QEMU."""

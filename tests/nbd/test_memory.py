@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.nbd.conftest import MIB, nbdkit, run, served
 
 TIB = 1 << 40
@@ -56,6 +58,7 @@ def test_a_sparse_disk_of_a_tebibyte(folder: str) -> None:
     assert peaks[1] < peaks[0] + 8 * MIB
 
 
+@pytest.mark.fault(30)
 def test_a_million_fragments(folder: str) -> None:
     """Ten bytes of memory for each would show; so would the Python objects of more than one reply."""
     size = 1 << 36

@@ -118,6 +118,7 @@ def test_an_unbroken_wire(bench: Bench) -> None:
         assert_same(whole.sink[offset : offset + length], bench.disk.model[offset : offset + length], f"at {offset}")
 
 
+@pytest.mark.fault(26)
 def test_a_cut_anywhere(bench: Bench, rng: random.Random) -> None:
     whole = bench.pull([])
     first, last = handshake(bench), bench.wire.handed[0]

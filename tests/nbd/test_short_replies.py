@@ -25,6 +25,7 @@ def shortened(flat: List[int], rng: random.Random) -> List[int]:
     return [*kept[:-2], 512 * rng.randrange(1, sectors + 1), kept[-1]] if sectors else kept
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("shorter", ["allocation", "bitmap", "either"])
 def test_a_context_that_tells_less_loses_nothing(
     folder: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch, shorter: str

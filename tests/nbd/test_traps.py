@@ -33,6 +33,7 @@ def test_contexts_of_different_lengths(folder: str) -> None:
     chain.prove()
 
 
+@pytest.mark.fault(31)
 def test_dirty_and_zero_hides_the_parents_data(folder: str) -> None:
     """Trap B: the four kinds of write; what the guest zeroed must not come back."""
     disk = Disk(folder, 4 * MIB)

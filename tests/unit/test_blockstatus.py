@@ -95,6 +95,7 @@ def test_nothing_dirty_is_an_empty_delta() -> None:
     assert not len(blockstatus.delta(blockstatus.merge(0, 100, [100, 0], [100, 0])))
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("unit", [1, 512, 4096])
 def test_random_replies(rng: random.Random, unit: int) -> None:
     """A disk asked for in random steps and answered in random lengths; then its delta."""
