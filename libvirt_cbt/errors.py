@@ -28,6 +28,10 @@ class CbtError(Exception):
     def message(self) -> str:
         return str(self)
 
+    def add(self, sentence: str) -> None:
+        """What the user must know besides."""
+        self.args = (f"{self}; {sentence}",)
+
     def document(self) -> Dict[str, Any]:
         """The ``error`` object of ``--json``: code, kind, message and the facts."""
         return {"code": self.code, "kind": self.kind, "message": self.message, **self.facts}
@@ -38,6 +42,15 @@ class CbtError(Exception):
 
 class Usage(CbtError):
     code = 2
+
+
+class DiskUnprotected(Usage):
+    """`--require-all` and the domain as it is do not go together; nothing was begun, and waiting changes nothing."""
+
+    template = (
+        "not every disk of domain '{domain}' would be in the backup ({disks}); "
+        "leave disks out by name with --exclude, or go without --require-all"
+    )
 
 
 # 10: no such thing
@@ -87,6 +100,12 @@ class PointOpen(Busy):
         "a fleecing point of domain '{domain}' is open since {since}; `libvirt-cbt stop {domain}` commits it, "
         "`stop --discard` gives it up"
     )
+
+
+class ImageInUse(Busy):
+    """An image of a guest that is off is open elsewhere."""
+
+    template = "the image {path} of disk '{target}' is in use by {holder}; end that or wait for it, and run it again"
 
 
 class RepositoryBusy(Busy):
@@ -252,7 +271,14 @@ class NoHypervisor(HypervisorError):
 
 
 class NotRunning(HypervisorError):
-    template = "domain '{domain}' is {state}; start it first: a backup needs a running guest"
+    template = "domain '{domain}' is {state}; start it first: this needs a running guest"
+
+
+class ImageUnreadable(HypervisorError):
+    template = (
+        "disk '{target}' cannot be read while the guest is off: {reason}; "
+        "start the guest, or leave the disk out with --exclude {target}"
+    )
 
 
 class NbdError(HypervisorError):

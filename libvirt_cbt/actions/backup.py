@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Collection, List, Optional, Tuple
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.actions import auditing, fleecing, planning, pulling, recording, recover, results
+from libvirt_cbt.actions import auditing, fleecing, opening, planning, pulling, recording, recover, results, tracking
 from libvirt_cbt.actions.fleecing import Request
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import checkpoints, domain, job
+from libvirt_cbt.hypervisor import bitmaps, domain, job
 from libvirt_cbt.nbdio import copy
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import store
@@ -23,6 +23,7 @@ def backup(
     full: bool = False,
     disks: Collection[str] = (),
     exclude: Collection[str] = (),
+    require_all: bool = False,
     quiesce: str = "auto",
     scratch_dir: Optional[str] = None,
     compress: str = "zstd",
@@ -33,15 +34,16 @@ def backup(
     dry_run: bool = False,
     options: Optional[Options] = None,
 ) -> results.Backup:
-    """Backs up a running domain: each disk by its changed blocks, or in full with the reason.
+    """Backs up a domain, running or off: each disk by its changed blocks, or in full with the reason.
 
     `domain_name` is a name, UUID or id; `wait` and `max_duration` are seconds: for other work on the domain to end, and
     for the job to last at most.  `audit` reads whole disks and compares them with the chain; what differs and was not
-    told of by a bitmap ends the run (AuditFailed), or with `heal` is stored and counts as changed now.  With `dry_run`
+    told of by a bitmap ends the run (AuditFailed), or with `heal` is stored and counts as changed now.  With
+    `require_all` a disk that cannot be backed up is an error, unless `disks` or `exclude` leave it out.  With `dry_run`
     nothing is changed and the bytes are estimates.
-    Errors: NoSuchDomain, NoSuchDisk, NotRunning, DomainBusy, RepositoryBusy, NotConsistent (with quiesce "agent"),
-    ScratchSpace and kin, SourceLost, RepositoryError and kin; nothing is published then, and the next run is an
-    increment.
+    Errors: NoSuchDomain, NoSuchDisk, DiskUnprotected, DomainBusy, ImageInUse, RepositoryBusy, NotConsistent (with
+    quiesce "agent"), ScratchSpace and kin, SourceLost, RepositoryError and kin; nothing is published then, and the next
+    run is an increment.
     """
     if compress not in ("zstd", "none"):
         raise errors.Usage(reason=f"compress is zstd or none, not '{compress}'")
@@ -53,12 +55,16 @@ def backup(
     uuid = host.find(domain_name)
     kept = session.repository(make=not dry_run).domain(uuid)
     if dry_run:
-        return _estimate(session, kept, request)
+        return _estimate(session, kept, request, require_all=require_all)
     with kept.lock(wait, session.watch.stop):
         recover.reconcile(session, kept)
         job.wait_idle(host, uuid, domain_name, wait, session.watch.stop)
-        plan = fleecing.planned(session, kept, fleecing.running(host, uuid), request)
-        with fleecing.opened(session, kept, plan) as fleece:
+        warnings = tracking.regain(session, kept)
+        plan = opening.planned(session, kept, request)
+        if require_all:
+            planning.require_all(plan.dom, plan.unprotected)
+        with opening.opened(session, kept, plan) as fleece:
+            fleece.warnings += warnings
             audits, missed = _audited(session, kept, fleece, options or Options(), heal=heal) if audit else (None, {})
             zstd = compress == "zstd"
             reads = pulling.pulled(session, kept, fleece, options or Options(), compress=zstd, missed=missed)
@@ -89,14 +95,13 @@ def _audited(
     return audits, missed
 
 
-def _estimate(session: Session, kept: store.DomainStore, request: Request) -> results.Backup:
-    host = session.host
-    dom = fleecing.running(host, kept.uuid)
-    found = checkpoints.listed(host, kept.uuid)
-    plans, unprotected = planning.plan(dom, kept, found, full=request.full, only=request.disks, exclude=request.exclude)
+def _estimate(session: Session, kept: store.DomainStore, request: Request, *, require_all: bool) -> results.Backup:
+    planned = opening.planned(session, kept, request)
+    if require_all:
+        planning.require_all(planned.dom, planned.unprotected)
     disks = []
-    for plan in plans:
-        whole = domain.allocation(host, kept.uuid, plan.target) if plan.copy == copy.ALL else 0
+    for plan in planned.disks:
+        whole = domain.allocation(session.host, kept.uuid, plan.target) if plan.copy == copy.ALL else 0
         dirty = plan.estimate if plan.base else whole
         data = {copy.ALL: whole, copy.DIRTY: dirty, copy.NOTHING: 0}[plan.copy]
         disks.append(
@@ -115,16 +120,19 @@ def _estimate(session: Session, kept: store.DomainStore, request: Request) -> re
                 change_id=None,
             )
         )
+    unknown = []
+    if any(plan.base for plan in planned.disks) and bitmaps.off(planned.dom):
+        unknown.append("the guest is off: how much has changed is known only when its images are read")
     return results.Backup(
-        domain=dom.name,
+        domain=planned.dom.name,
         uuid=kept.uuid,
         backup=None,
-        generation=kept.next_generation(),
+        generation=planned.generation,
         checkpoint=None,
         quiesce=results.Quiesced(request.quiesce, "none", None),
         disks=disks,
-        unprotected=recording.unprotected_result(unprotected),
+        unprotected=recording.unprotected_result(planned.unprotected),
         seconds=0.0,
-        warnings=[],
+        warnings=unknown,
         dry_run=True,
     )

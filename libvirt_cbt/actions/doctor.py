@@ -6,9 +6,9 @@ import os
 from typing import Callable, List, Optional, Tuple
 
 from libvirt_cbt import errors, names, places, tools
-from libvirt_cbt.actions import results
+from libvirt_cbt.actions import fleecing, offline, results, tracking
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import checkpoints, domain, job, scratch
+from libvirt_cbt.hypervisor import bitmaps, checkpoints, domain, job, scratch
 from libvirt_cbt.repository import store
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -39,7 +39,10 @@ def doctor(session: Session, domain_name: Optional[str] = None, *, scratch_dir: 
     if domain_name and checks[2].status != FAILED:
         dom = domain.read(session.host, session.host.find(domain_name))
         check("state", lambda: _state(dom))
-        check("agent", lambda: _agent(dom))
+        if bitmaps.off(dom):
+            check("images", lambda: _images(session, dom))
+        else:
+            check("agent", lambda: _agent(dom))
         check("jobs", lambda: _jobs(session, dom))
         check("checkpoints", lambda: _checkpoints(session, dom))
         check("scratch room", lambda: _room(dom, scratch_dir))
@@ -97,9 +100,22 @@ def _folder(path: str, way_out: str) -> Finding:
 
 
 def _state(dom: domain.Domain) -> Finding:
+    if bitmaps.off(dom):
+        return OK, f"the guest is {dom.state_name}: backups read its images"
     return (OK if dom.running else FAILED), f"the guest is {dom.state_name}" + (
-        "" if dom.running else "; start it first"
+        "" if dom.running else "; wait until it runs or is off"
     )
+
+
+def _images(session: Session, dom: domain.Domain) -> Finding:
+    """Of a guest that is off: whether its images can be opened, and go on being tracked."""
+    try:
+        kept = session.repository().domain(dom.uuid)
+    except errors.NoRepository:
+        return WARNING, "no backup yet"
+    offline.planned(session, kept, dom, fleecing.Request())
+    broken = [f"{target}: {why}" for target, why in offline.unusable(kept, dom).items()]
+    return (WARNING, "; ".join(broken)) if broken else (OK, "free to be read")
 
 
 def _agent(dom: domain.Domain) -> Finding:
@@ -118,10 +134,15 @@ def _jobs(session: Session, dom: domain.Domain) -> Finding:
 
 def _checkpoints(session: Session, dom: domain.Domain) -> Finding:
     found = checkpoints.listed(session.host, dom.uuid)
+    mine: List[str] = []
     try:
-        mine = checkpoints.ours(found, session.repository().id)
+        repository = session.repository()
+        mine = checkpoints.ours(found, repository.id)
+        strange = tracking.unknown(repository.domain(dom.uuid), found)
+        if strange:
+            return WARNING, tracking.stray(strange, dom.uuid)
     except errors.NoRepository:
-        mine = []
+        pass
     foreign = sorted(set(found) - set(mine))
     if foreign:
         shown = ", ".join(names.printable(n, 40) for n in foreign[:5])

@@ -1,6 +1,7 @@
 """The fleecing point: one frozen moment of all disks, open for reading, and how it ends.
 
-`backup`, `mark` and `start` begin here: plan, intent, scratch, freeze, begin, thaw.
+`backup`, `mark` and `start` begin here: plan, intent, scratch, freeze, begin, thaw.  `offline` is its like for a guest
+that is off.
 docs/architecture.md has the write order, and what a crash after each step leaves.
 """
 
@@ -66,18 +67,31 @@ def running(host: connection.Host, uuid: names.DomainUuid) -> domain.Domain:
 
 def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, request: Request) -> Plan:
     """Decides everything that can be decided beforehand; changes nothing.  Errors: those of planning.plan."""
-    host = session.host
-    disks, unprotected = planning.plan(
+    plans = planning.plan(
         dom,
         kept,
-        checkpoints.listed(host, dom.uuid),
+        checkpoints.listed(session.host, dom.uuid),
         full=request.full,
         only=request.disks,
         exclude=request.exclude,
         mark=request.mark,
     )
+    return drawn(session, kept, dom, request, plans)
+
+
+def drawn(
+    session: Session,
+    kept: store.DomainStore,
+    dom: domain.Domain,
+    request: Request,
+    plans: planning.Plans,
+    images: Optional[Dict[str, str]] = None,
+) -> Plan:
+    """The plan of a generation from those of its disks; `images` of a guest that is off need no scratch files."""
+    host = session.host
+    disks, unprotected = plans
     identity = names.new_backup_id()
-    places = scratch.places(identity, [d.target for d in disks], request.scratch_dir)
+    places = scratch.places(identity, [d.target for d in disks] if images is None else [], request.scratch_dir)
     tracked = any(not d.disk.untracked for d in disks)
     intent = manifest.Intent(
         id=identity,
@@ -92,6 +106,7 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
         socket=places.socket,
         scratch_dir=places.directory,
         scratch=places.scratch,
+        images=images or {},
         phase="planned",
         pid=os.getpid(),
         started=now(),
@@ -118,17 +133,49 @@ class Exported:
 
 
 class Fleece:
-    """An open fleecing point; made by `opened`, closed by `close`."""
+    """An open fleecing point, of a guest in whatever state; made by an `opened`, closed by `close`."""
+
+    def __init__(self, session: Session, plan: Plan, stage: staging.Staging) -> None:
+        self.plan, self.stage = plan, stage
+        self._session = session
+        self.quiesced = quiesce.Quiesced(plan.request.quiesce, "none", None, None)
+        self.started = self.frozen_at = now()
+        self._begun = time.monotonic()
+        self.warnings: List[str] = []
+
+    def exported(self) -> Dict[str, Exported]:
+        """Where each disk can be read, by target."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """To be asked often during a copy.  Errors: Interrupted, TookTooLong."""
+        self._session.watch.stop()
+        limit = self.plan.request.max_duration
+        if limit is not None and time.monotonic() - self._begun > limit:
+            raise errors.TookTooLong(domain=names.printable(self.plan.dom.name), seconds=limit)
+
+    def alive(self) -> bool:
+        """Whether what is exported is still this moment."""
+        raise NotImplementedError
+
+    def lost(self, error: errors.CbtError) -> errors.CbtError:
+        """Why a copy really failed."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends the point, which must have lasted until now, and removes what it needed on disk.  Errors: SourceLost."""
+        raise NotImplementedError
+
+
+class Job(Fleece):
+    """The point of a running guest: a backup job."""
 
     def __init__(
         self, session: Session, plan: Plan, stage: staging.Staging, files: scratch.Made, watcher: guard.Guard
     ) -> None:
-        self.plan, self.stage = plan, stage
-        self._session, self._files, self._guard = session, files, watcher
-        self.quiesced = quiesce.Quiesced(plan.request.quiesce, "none", None, None)
-        self.started = self.frozen_at = now()
-        self._begun = time.monotonic()
-        self.warnings = [files.tight] if files.tight else []
+        super().__init__(session, plan, stage)
+        self._files, self._guard = files, watcher
+        self.warnings: List[str] = []
 
     def begin(self) -> None:
         """Freeze, begin, thaw.  Errors: NotConsistent, HypervisorError."""
@@ -153,11 +200,8 @@ class Fleece:
 
     def stop(self) -> None:
         """To be asked often during a copy.  Errors: Interrupted, ScratchExhausted, TookTooLong."""
-        self._session.watch.stop()
+        super().stop()
         self._guard.check()
-        limit = self.plan.request.max_duration
-        if limit is not None and time.monotonic() - self._begun > limit:
-            raise errors.TookTooLong(domain=names.printable(self.plan.dom.name), seconds=limit)
 
     def alive(self) -> bool:
         """Whether what is exported is still this moment: only the job that exports on our socket holds it."""
@@ -198,7 +242,7 @@ class Fleece:
 
 
 @contextmanager
-def opened(session: Session, kept: store.DomainStore, plan: Plan) -> Iterator[Fleece]:
+def opened(session: Session, kept: store.DomainStore, plan: Plan) -> Iterator[Job]:
     """The open point; whatever fails inside undoes job, checkpoint, scratch and staging.
 
     Errors: NotConsistent, ScratchSpace, ScratchDenied, HypervisorError, RepositoryError and kin.
@@ -207,26 +251,40 @@ def opened(session: Session, kept: store.DomainStore, plan: Plan) -> Iterator[Fl
     # Left in this order, inside out: the job ends and the checkpoint goes before the scratch files it writes to.
     with guard.Guard(plan.host, plan.dom.uuid) as watcher, staging.begun(kept, plan.intent) as stage:
         with scratch.made(plan.places, sizes, plan.dom.qemu_ids) as files:
-            fleece = Fleece(session, plan, stage, files, watcher)
-            with _undone_on_error(plan, stage):
+            fleece = Job(session, plan, stage, files, watcher)
+            with _undone_on_error(plan, stage, files):
                 session.watch.stop()
                 fleece.begin()
                 yield fleece
 
 
 @contextmanager
-def _undone_on_error(plan: Plan, stage: staging.Staging) -> Iterator[None]:
+def _undone_on_error(plan: Plan, stage: staging.Staging, files: scratch.Made) -> Iterator[None]:
     """Ends the job and removes the new checkpoint when anything fails before the generation is published."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if not stage.published:
-            try:
-                job.end(plan.host, plan.dom.uuid, plan.places.socket)
-                checkpoints.delete(plan.host, plan.dom.uuid, plan.intent.checkpoint)
-            except errors.CbtError:
-                stage.keep = True  # the guest is off, or the daemon: `recover` does it from the intent
+            _undo(plan, stage, files, error)
         raise
+
+
+def _undo(plan: Plan, stage: staging.Staging, files: scratch.Made, error: BaseException) -> None:
+    host, uuid = plan.host, plan.dom.uuid
+    stage.keep = files.keep = True  # until it is known that `recover` has nothing to do
+    try:
+        job.end(host, uuid, plan.places.socket)
+    except errors.CbtError:
+        if isinstance(error, errors.CbtError):
+            name = names.printable(plan.dom.name)
+            error.add(f"the backup job may still run, `libvirt-cbt recover {name}` ends it once libvirt and QEMU answer")
+        return
+    files.keep = False
+    try:
+        checkpoints.delete(host, uuid, plan.intent.checkpoint)
+    except errors.CbtError:
+        return  # the guest is off: `recover` does it when it runs again
+    stage.keep = False
 
 
 def _begin(plan: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Optional
 
-from libvirt_cbt.actions import fleecing, pulling, recording, recover, results
+from libvirt_cbt.actions import fleecing, opening, pulling, recording, recover, results, tracking
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import job
 from libvirt_cbt.nbdio.lanes import Options
@@ -14,9 +14,9 @@ from libvirt_cbt.nbdio.lanes import Options
 def mark(
     session: Session, domain_name: str, *, quiesce: str = "none", scratch_dir: Optional[str] = None, wait: float = 0.0
 ) -> results.Mark:
-    """Makes a running domain's next generation; the next backup still holds all since the last backup.
+    """Makes a domain's next generation, running or off; the next backup still holds all since the last backup.
 
-    Errors: NoSuchDomain, NotRunning, DomainBusy, RepositoryBusy, ScratchSpace, HypervisorError, RepositoryError and kin.
+    Errors: NoSuchDomain, DomainBusy, ImageInUse, RepositoryBusy, ScratchSpace, HypervisorError, RepositoryError and kin.
     """
     begun = time.monotonic()
     request = fleecing.Request(mark=True, quiesce=quiesce, scratch_dir=scratch_dir)
@@ -25,8 +25,10 @@ def mark(
     with kept.lock(wait, session.watch.stop):
         recover.reconcile(session, kept)
         job.wait_idle(session.host, uuid, domain_name, wait, session.watch.stop)
-        plan = fleecing.planned(session, kept, fleecing.running(session.host, uuid), request)
-        with fleecing.opened(session, kept, plan) as fleece:
+        warnings = tracking.regain(session, kept)
+        plan = opening.planned(session, kept, request)
+        with opening.opened(session, kept, plan) as fleece:
+            fleece.warnings += warnings
             reads = pulling.pulled(session, kept, fleece, Options())
             fleece.close()
             made, layers = recording.recorded(fleece, reads)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Collection, Dict, Final, List, Optional, Tuple
 
 from libvirt_cbt import errors, names
+from libvirt_cbt.actions import tracking
 from libvirt_cbt.hypervisor import documents, domain
 from libvirt_cbt.nbdio.copy import ALL, DIRTY, NOTHING
 from libvirt_cbt.repository import manifest, store
 
 MAX_CHAIN: Final = 60  # reading slows with depth; facts in design.md
+EXCLUDED: Final = "it was excluded by the command line"
 MODES: Final = {ALL: "full", DIRTY: "incremental", NOTHING: "mark"}
 
 
@@ -68,7 +70,7 @@ def plan(
     for disk in dom.disks:
         left_out = disk.target in exclude or bool(only and disk.target not in only)
         if left_out:
-            unprotected.append(manifest.Unprotected(target=disk.target, reason="it was excluded by the command line"))
+            unprotected.append(manifest.Unprotected(target=disk.target, reason=EXCLUDED))
         elif disk.unprotected:
             unprotected.append(manifest.Unprotected(target=disk.target, reason=disk.unprotected))
         elif mark and disk.untracked:
@@ -82,6 +84,17 @@ def plan(
             + "; ".join(f"{u.target}: {u.reason}" for u in unprotected)
         )
     return plans, unprotected
+
+
+def require_all(dom: domain.Domain, unprotected: List[manifest.Unprotected]) -> None:
+    """Errors: DiskUnprotected when a disk is not protected that the command line did not leave out by name.
+
+    A drive without a medium holds nothing that could be missed.
+    """
+    missed = [u for u in unprotected if u.reason != EXCLUDED and dom.disk(u.target).source]
+    if missed:
+        shown = "; ".join(f"{u.target}: {u.reason}" for u in missed)
+        raise errors.DiskUnprotected(domain=names.printable(dom.name), disks=shown)
 
 
 def _disk(
@@ -116,29 +129,70 @@ def _disk(
 def _broken(
     disk: domain.Disk, history: List[manifest.Manifest], checkpoints: Dict[str, documents.CheckpointInfo]
 ) -> Optional[str]:
-    """Why the newest generation's bitmap cannot be trusted for this disk; None when it can.
+    """Why the newest generation's bitmap cannot be trusted for this disk, with what was and what is; None when it can.
 
-    The bitmap itself proves the image: its name is random and no other image has it, but for copies and for the other
-    disks of the same domain, which is why a disk that is now where another one was starts anew.
+    The bitmap proves the image: its name is random and no other image has it, but for copies and for the other disks
+    of the same domain, which is why a disk that is now where another one was, or may be a copy of it, starts anew.
     """
     if not history:
         return "first backup of this domain"
     newest = history[-1]
     entry = newest.disk(disk.target)
     if entry is None:
-        return f"generation {newest.generation} does not have this disk"
+        return _absent(disk.target, history)
+    if newest.checkpoint is None:
+        return f"generation {newest.generation} has no checkpoint: none of its disks could hold a bitmap"
     if newest.checkpoint not in checkpoints:
-        return f"libvirt no longer has the checkpoint of generation {newest.generation}"
+        return f"libvirt no longer has checkpoint {newest.checkpoint} of generation {newest.generation}, " + (
+            f"nor does {_path(disk.source)} hold a usable bitmap of it" + _older_copy(disk, history)
+        )
     if checkpoints[newest.checkpoint].disks.get(disk.target) is None:
-        return f"the bitmap of generation {newest.generation} is missing or broken in the image"
+        before = "" if disk.source == entry.source.path else f" (the disk was {_path(entry.source.path)} then)"
+        return f"the bitmap of generation {newest.generation} is missing or broken in {_path(disk.source)}" + (
+            before + _older_copy(disk, history)
+        )
     if disk.capacity < entry.capacity:
         return f"the disk shrank from {entry.capacity} to {disk.capacity} bytes"
     for was, now, what in ((entry.serial, disk.serial, "serial"), (entry.wwn, disk.wwn, "WWN")):
         if was != now:
-            return f"the disk's {what} changed from {was} to {now}"
-    for other in newest.disks:
-        if other.target != disk.target and _same_image(disk, other):
-            return f"this image was disk {other.target} in generation {newest.generation}"
+            return f"the disk's {what} changed from {was or 'none'} to {now or 'none'}"
+    return _another_image(disk, entry, history)
+
+
+def _absent(target: str, history: List[manifest.Manifest]) -> str:
+    newest = history[-1]
+    left_out = next((u.reason for u in newest.unprotected if u.target == target), None)
+    last = next((m.generation for m in reversed(history) if m.disk(target)), None)
+    return f"generation {newest.generation} does not have disk {target}" + (
+        (f" ({left_out})" if left_out else "") + (f"; the last that has it is {last}" if last else "")
+    )
+
+
+def _older_copy(disk: domain.Disk, history: List[manifest.Manifest]) -> str:
+    held = set(tracking.bitmaps(disk))
+    for older in reversed(history[:-1]):
+        if older.checkpoint in held:
+            return f"; it has that of generation {older.generation}: an older copy of the image was put back"
+    return ""
+
+
+def _another_image(disk: domain.Disk, entry: manifest.ManifestDisk, history: List[manifest.Manifest]) -> Optional[str]:
+    """Why the image, whose bitmap has the right name, may be that of another disk of this domain, or a copy of it."""
+    newest = history[-1]
+    others = [other for other in newest.disks if other.target != disk.target]
+    for other in others:
+        if _same_image(disk, other):
+            return f"this image was disk {other.target} in generation {newest.generation}, now it is disk {disk.target}"
+    known = [m.disk(disk.target) for m in history]
+    if any(e and e.lineage == entry.lineage and _known_image(disk, e) for e in known):
+        return None
+    for other in others:
+        # A copy may have been made larger, never smaller.
+        if other.source.format == "qcow2" and other.capacity <= disk.capacity:
+            return (
+                f"its image is {_path(disk.source)} and was {_path(entry.source.path)} in generation "
+                f"{newest.generation}: that it is no copy of disk {other.target} cannot be proved"
+            )
     return None
 
 
@@ -147,6 +201,15 @@ def _same_image(disk: domain.Disk, entry: manifest.ManifestDisk) -> bool:
     if entry.source.inode is not None and disk.inodes:
         return entry.source.inode == disk.inodes[0]
     return entry.source.path == disk.source
+
+
+def _known_image(disk: domain.Disk, entry: manifest.ManifestDisk) -> bool:
+    """Whether the disk's image, or what lies below it since a snapshot, is the one recorded."""
+    return entry.source.path == disk.source or entry.source.inode in disk.inodes
+
+
+def _path(path: str) -> str:
+    return names.printable(path) or "a source without a path"
 
 
 def _chain_unfit(kept: store.DomainStore, parent: Optional[manifest.Manifest], target: str) -> Optional[str]:

@@ -10,9 +10,9 @@ import socket
 from typing import List, Tuple
 
 from libvirt_cbt import errors, names, processes
-from libvirt_cbt.actions import results
+from libvirt_cbt.actions import offline, results
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import checkpoints, domain, job, quiesce, scratch
+from libvirt_cbt.hypervisor import bitmaps, checkpoints, connection, domain, job, pace, quiesce, scratch
 from libvirt_cbt.repository import manifest, staging, store
 
 
@@ -59,7 +59,7 @@ def _reconciled(session: Session, kept: store.DomainStore, leftover: store.Lefto
     done: List[str] = []
     if intent is not None:
         if intent.host != session.host.hostname or intent.tool_host != socket.gethostname():
-            raise _Left(f"belongs to a run on {intent.tool_host}; run recover there")
+            raise _Left(f"is of a run on {intent.tool_host} for a guest of {intent.host}; run recover there")
         if intent.phase == "open" and job.exporting(session.host, kept.uuid, intent.socket):
             raise errors.PointOpen(domain=names.printable(kept.name), since=intent.started)
         done = _undo(session, intent)
@@ -106,7 +106,12 @@ def _undo(session: Session, intent: manifest.Intent) -> List[str]:
             done += quiesce.thaw(host, uuid)
         if job.end(host, uuid, intent.socket):
             done.append(f"ended backup job {intent.id}")
-        if checkpoints.delete(host, uuid, intent.checkpoint):
+        slowed = pace.restore(host, uuid, pace.group(intent.socket))
+        if slowed:
+            done.append(f"took the limits of {', '.join(slowed)} away")
+        if intent.images:
+            done += offline.withdraw(host, intent)
+        elif removed(host, uuid, intent.checkpoint):
             done.append(f"removed checkpoint {intent.checkpoint}")
     except errors.NoSuchDomain:
         pass  # undefined meanwhile, and its checkpoints with it
@@ -121,11 +126,18 @@ def retire(session: Session, kept: store.DomainStore) -> List[str]:
         return []
     published = {m.checkpoint for m in generations[:-1]}
     try:
-        if not domain.alive(host, kept.uuid):
-            return []  # libvirt removes bitmaps of running guests only
         found = checkpoints.listed(host, kept.uuid, sizes=False)
         gone = [n for n in checkpoints.ours(found, kept.repository.id) if n in published]
-        return [f"removed checkpoint {n}" for n in gone if checkpoints.delete(host, kept.uuid, n)]
+        return [f"removed checkpoint {n}" for n in gone if removed(host, kept.uuid, n)]
     except errors.CbtError as e:
         session.watch.note(f"an older checkpoint stays until the next run: {e}")
         return []
+
+
+def removed(host: connection.Host, uuid: names.DomainUuid, checkpoint: str) -> bool:
+    """libvirt removes bitmaps of running guests only; from the images of one that is off we do."""
+    if not domain.alive(host, uuid):
+        dom = domain.read(host, uuid)
+        if bitmaps.off(dom):
+            return offline.erase(host, dom, checkpoint)
+    return checkpoints.delete(host, uuid, checkpoint)

@@ -6,7 +6,7 @@ import time
 from typing import Optional
 from urllib.parse import quote
 
-from libvirt_cbt.actions import fleecing, pulling, recording, recover, results
+from libvirt_cbt.actions import fleecing, pulling, recording, recover, results, tracking
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import job
 from libvirt_cbt.nbdio.lanes import Options
@@ -28,8 +28,10 @@ def start(
     with kept.lock(wait, session.watch.stop):
         recover.reconcile(session, kept)
         job.wait_idle(session.host, uuid, domain_name, wait, session.watch.stop)
+        warnings = tracking.regain(session, kept)
         plan = fleecing.planned(session, kept, fleecing.running(session.host, uuid), request)
         with fleecing.opened(session, kept, plan) as fleece:
+            fleece.warnings += warnings
             exports = fleece.exported()
             reads = pulling.pulled(session, kept, fleece, Options())
             made, layers = recording.recorded(fleece, reads)

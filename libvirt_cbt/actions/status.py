@@ -6,14 +6,17 @@ from datetime import datetime, timezone
 from typing import Dict, List, Optional
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.actions import results
+from libvirt_cbt.actions import offline, results
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import checkpoints, documents, domain
+from libvirt_cbt.hypervisor import bitmaps, checkpoints, documents, domain
 from libvirt_cbt.repository import manifest, store
 
 
 def status(session: Session, domain_name: Optional[str] = None) -> List[results.Status]:
-    """One domain, or every domain of libvirt.  Errors: NoSuchDomain, NoHypervisor, NoRepository."""
+    """One domain, or every domain of libvirt; dirty bytes are None for one that is off.
+
+    Errors: NoSuchDomain, NoHypervisor, NoRepository.
+    """
     host = session.host
     repository = session.repository()
     uuids = [host.find(domain_name)] if domain_name else [uuid for _, uuid in host.all()]
@@ -26,6 +29,8 @@ def _status(session: Session, kept: store.DomainStore) -> results.Status:
     history = kept.generations()
     newest = history[-1] if history else None
     with_data = [m for m in history if m.kind != "mark"]
+    # libvirt tells sizes of running guests only; of one that is off the images tell whether the bitmaps are sound.
+    asleep = offline.unusable(kept, dom) if bitmaps.off(dom) else {}
     return results.Status(
         domain=dom.name,
         uuid=dom.uuid,
@@ -34,7 +39,7 @@ def _status(session: Session, kept: store.DomainStore) -> results.Status:
         backup=with_data[-1].id if with_data else None,
         time=newest.frozen_at if newest else None,
         age_seconds=_age(newest.frozen_at) if newest else None,
-        disks=[_disk(kept, disk, newest, found, running=dom.running) for disk in dom.disks],
+        disks=[_disk(kept, disk, newest, found, asleep, running=dom.running) for disk in dom.disks],
     )
 
 
@@ -43,6 +48,7 @@ def _disk(
     disk: domain.Disk,
     newest: Optional[manifest.Manifest],
     found: Dict[str, documents.CheckpointInfo],
+    asleep: Dict[str, str],
     *,
     running: bool,
 ) -> results.StatusDisk:
@@ -50,6 +56,8 @@ def _disk(
     dirty: Optional[int] = None
     if not reason and newest is None:
         reason = "never backed up"
+    elif not reason and disk.target in asleep:
+        reason = asleep[disk.target]
     elif not reason and newest and newest.checkpoint not in found:
         reason = f"libvirt no longer has the checkpoint of generation {newest.generation}"
     elif not reason and newest:

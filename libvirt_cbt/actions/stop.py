@@ -5,7 +5,7 @@ from __future__ import annotations
 from libvirt_cbt import errors, names
 from libvirt_cbt.actions import recover, results
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import domain, job, scratch
+from libvirt_cbt.hypervisor import domain, job, pace, scratch
 from libvirt_cbt.repository import manifest, staging, store
 
 
@@ -41,5 +41,6 @@ def _commit(session: Session, kept: store.DomainStore, intent: manifest.Intent) 
             else "the guest was switched off or its QEMU died",
         )
     recover.end_guard(intent)
+    pace.restore(host, kept.uuid, pace.group(intent.socket))
     scratch.remove(recover.places(intent))
     staging.Staging(kept, intent).commit()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from libvirt_cbt import errors
-from libvirt_cbt.actions import recover, results
+from libvirt_cbt.actions import recover, results, tracking
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import checkpoints, domain
 
@@ -11,15 +10,14 @@ from libvirt_cbt.hypervisor import checkpoints, domain
 def untrack(session: Session, domain_name: str) -> results.Untrack:
     """Removes every checkpoint that this repository made; those of others stay.
 
-    Errors: NoSuchDomain, NotRunning (libvirt removes bitmaps of running guests only), RepositoryBusy.
+    Errors: NoSuchDomain, RepositoryBusy, ImageInUse for a guest that is off and whose image another program holds.
     """
     host = session.host
     uuid = host.find(domain_name)
     kept = session.repository().domain(uuid)
     with kept.lock():
         recover.reconcile(session, kept)
-        dom = domain.read(host, uuid)
-        names = checkpoints.ours(checkpoints.listed(host, uuid), kept.repository.id)
-        if names and not dom.running:
-            raise errors.NotRunning(domain=dom.name, state=dom.state_name)
-        return results.Untrack(domain=dom.name, removed=[n for n in names if checkpoints.delete(host, uuid, n)])
+        tracking.regain(session, kept)  # bitmaps whose checkpoint libvirt has lost would stay otherwise
+        names = checkpoints.ours(checkpoints.listed(host, uuid, sizes=False), kept.repository.id)
+        name = domain.read(host, uuid).name
+        return results.Untrack(domain=name, removed=[n for n in names if recover.removed(host, uuid, n)])

@@ -13,7 +13,7 @@ from libvirt_cbt.cli import output
 COMMANDS: Final[Dict[str, str]] = {
     "init": "make a repository",
     "doctor": "look at what usually goes wrong, change nothing",
-    "backup": "back up running domains by their changed blocks",
+    "backup": "back up domains by their changed blocks",
     "mark": "record a write generation without copying data",
     "start": "open a fleecing point for other software to read",
     "stop": "close it and commit its generation",

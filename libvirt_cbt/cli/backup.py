@@ -29,6 +29,7 @@ Examples:
 @click.option("--full", is_flag=True, help="Copy everything; tracking goes on.")
 @click.option("--disk", "disks", metavar="T", multiple=True, help="Only this disk (target, such as vda); repeatable.")
 @click.option("--exclude", metavar="T", multiple=True, help="Not this disk; repeatable.")
+@click.option("--require-all", is_flag=True, help="Fail (2) if any other disk cannot be backed up.")
 @click.option(
     "--quiesce",
     type=click.Choice(["auto", "agent", "none"]),
@@ -49,7 +50,7 @@ Examples:
 @copying.options
 @click.pass_obj
 def command(settings: output.Settings, /, domains: Tuple[str, ...], every: bool, strict: bool, **options: Any) -> None:
-    """Back up running domains: each disk by its changed blocks, or in full with the reason."""
+    """Back up domains: each disk by its changed blocks, or in full with the reason."""
     if bool(domains) == every:
         raise click.UsageError("name the domains, or give --all")
     warned: List[bool] = []

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Callable, Dict, Final, Iterator, List, Optional
 
 import click
@@ -22,6 +23,8 @@ Examples:
   libvirt-cbt -r /backups changed web1 vda --since 3
   libvirt-cbt -r /backups --json changed web1 vda --since 3 --until 7 --max-results 1000
   libvirt-cbt -r /backups changed web1 vda --since '*' --format csi --block-size 65536
+  libvirt-cbt -r /backups changed web1 vda --since 3 --live
+  libvirt-cbt -r /backups changed web1 vda --since 3 --until 7 --exact
 """
 HEADER: Final = (
     "domain", "uuid", "target", "lineage", "since", "until", "change_id", "capacity", "granularity", "guarantee",
@@ -32,9 +35,12 @@ HEADER: Final = (
 @click.argument("domain")
 @click.argument("disk")
 @click.option("--since", metavar="P", required=True, help="Generation, backup id, change id, or * for everything.")
-@click.option("--until", metavar="P", default="latest", show_default=True, help="The same, but for *.")
+@click.option("--until", metavar="P", help="The same, but for *; default: the newest.  Or an open fleecing point.")
 @click.option("--start-offset", metavar="N", type=int, default=0, help="Begin at this byte of the disk.")
 @click.option("--max-results", metavar="N", type=int, help="At most so many; go on from next_offset.")
+@click.option("--live", is_flag=True, help="Mark first, and answer until then (go on with --until of the answer).")
+@click.option("--scratch-dir", metavar="D", help="With --live: as of mark.")
+@click.option("--exact", is_flag=True, help="Between two backups: compare them, and leave out sectors that are equal.")
 @click.option("--format", "fmt", type=click.Choice(["json", "csi", "vmware", "nbdinfo"]), help="Instead of a table.")
 @click.option("--block-size", metavar="BYTES", type=int, help="With csi: blocks of this length (FIXED_LENGTH).")
 @click.pass_obj
@@ -43,26 +49,27 @@ def command(
     domain: str,
     disk: str,
     since: str,
-    until: str,
+    until: Optional[str],
     start_offset: int,
     max_results: Optional[int],
+    live: bool,
+    scratch_dir: Optional[str],
+    exact: bool,
     fmt: Optional[str],
     block_size: Optional[int],
 ) -> None:
-    """The blocks of a disk that changed between two generations; libvirt is not asked."""
+    """The blocks of a disk that changed between two generations; without --live libvirt is not asked."""
     _check(settings, fmt, max_results, block_size)
     begin = start_offset // block_size * block_size if block_size else start_offset  # CSI: rounded down to the block
     # The other formats count what they print: runs that were joined, or blocks.
     most = max_results if fmt in (None, "json") else None
 
     def job(session: libvirt_cbt.Session) -> Changed:
-        def ask(offset: int) -> Changed:
-            return libvirt_cbt.changed(
-                session, domain, disk, since=since, until=until, start_offset=offset, max_results=most
-            )
-
-        found = ask(begin)
-        return found if start_offset <= found.capacity else ask(start_offset)  # which is refused
+        ask = partial(libvirt_cbt.changed, session, domain, disk, since=since, max_results=most, exact=exact)
+        found = ask(until=until, start_offset=begin, live=live, scratch_dir=scratch_dir)
+        if start_offset <= found.capacity:
+            return found
+        return ask(until=found.until, start_offset=start_offset)  # which is refused
 
     if settings.json or fmt == "json":
         _print_document(settings, job, begin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List
+from typing import Dict, List, Optional, Sequence
 
 import libvirt
 
@@ -36,6 +36,38 @@ def listed(
 
 def ours(found: Dict[str, documents.CheckpointInfo], repository: str) -> List[str]:
     return [name for name, info in found.items() if documents.repository_of(info) == repository]
+
+
+def redefine(
+    host: connection.Host, uuid: names.DomainUuid, info: documents.CheckpointInfo, present: Sequence[str]
+) -> Dict[str, Optional[int]]:
+    """Gives a checkpoint back whose metadata libvirt has lost; what each of its disks then has.
+
+    Of the targets `present` on the domain those in `info.disks` are tracked.  A disk whose bitmap is missing or broken
+    has None; where no disk has one, nothing is left behind, neither metadata nor the remains of broken bitmaps.  Of a
+    domain that is off libvirt knows no bitmaps: it takes the caller's word for them.
+    https://libvirt.org/html/libvirt-libvirt-domain-checkpoint.html#virDomainCheckpointCreateFlags
+    """
+    text = documents.redefinition(info, [documents.JobDisk(t, None, tracked=t in info.disks) for t in present])
+    dom = host.lookup(uuid)
+    plainly = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+    with host.translated(uuid):
+        if not dom.isActive():
+            dom.checkpointCreateXML(text, plainly)
+            return dict(info.disks)
+        try:
+            dom.checkpointCreateXML(text, plainly | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE)
+        except libvirt.libvirtError as e:
+            if e.get_error_code() != libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT:
+                raise
+            # At least one is not sound.  All of it comes back in one step, the unsound with it: so the sound ones go on,
+            # and whatever is in the images goes when the checkpoint goes.
+            dom.checkpointCreateXML(text, plainly)
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
+        sizes = documents.checkpoint_info(dom.checkpointLookupByName(info.name).getXMLDesc(flags)).disks
+    if all(size is None for size in sizes.values()):
+        delete(host, uuid, info.name)
+    return sizes
 
 
 def delete(host: connection.Host, uuid: names.DomainUuid, name: str) -> bool:

@@ -57,6 +57,9 @@ class Host:
     def __init__(self, uri: Optional[str]) -> None:
         _run_events()
         self._asked = uri
+        self._mending = threading.Lock()
+        self._patience = RECONNECT_SECONDS
+        self._known: Tuple[Any, str, Any] = (None, "", None)
         self._conn: Any = self._connect()
         self.uri: str = self._conn.getURI()
 
@@ -94,30 +97,37 @@ class Host:
     def retry(self, call: Callable[[Any], T]) -> T:
         """Runs a call that may be repeated, on a new connection if the old one has broken.
 
-        Errors: NoHypervisor when the daemon does not come back within RECONNECT_SECONDS; libvirtError of the call.
+        Errors: NoHypervisor when the daemon does not come back within RECONNECT_SECONDS (they are waited once: after
+        that each call tries once, until the daemon is back); libvirtError of the call.
         """
-        deadline = time.monotonic() + RECONNECT_SECONDS
-        pause = 0.1
+        deadline = time.monotonic() + self._patience
+        pause, tried = 0.1, False
         while True:
+            broken = self._conn
             try:
-                return call(self._conn)
+                return call(broken)
             except libvirt.libvirtError as e:
-                if not self.lost(e) or time.monotonic() > deadline:
+                if not self.lost(e) or (tried and time.monotonic() > deadline):
                     raise
-            self._reconnect(deadline, pause)
-            pause = min(pause * 2, 2)
+            self._reconnect(broken, deadline, pause)
+            pause, tried = min(pause * 2, 2), True
 
-    def _reconnect(self, deadline: float, pause: float) -> None:
-        self.close()
-        while True:
-            time.sleep(pause)
-            try:
-                self._conn = self._connect()
-            except errors.NoHypervisor:
-                if time.monotonic() > deadline:
-                    raise
-            else:
-                return
+    def _reconnect(self, broken: Any, deadline: float, pause: float) -> None:
+        with self._mending:
+            if self._conn is not broken:
+                return  # another thread has done it
+            self.close()
+            while True:
+                time.sleep(pause)
+                try:
+                    self._conn = self._connect()
+                except errors.NoHypervisor:
+                    if time.monotonic() > deadline:
+                        self._patience = 0.0
+                        raise
+                else:
+                    self._patience = RECONNECT_SECONDS
+                    return
 
     def lookup(self, uuid: names.DomainUuid) -> Any:
         """libvirt's domain object, for this room only."""
@@ -125,6 +135,17 @@ class Host:
             return self.retry(lambda conn: conn.lookupByUUIDString(uuid))
         except libvirt.libvirtError as e:
             raise self.translate(e, uuid) from None
+
+    def known(self, conn: Any, uuid: names.DomainUuid) -> Any:
+        """As lookup on this connection, but libvirt is asked once only: for what must not take long.
+
+        An object of libvirt's is a name; when the domain has gone its calls say so.
+        """
+        on, of, dom = self._known
+        if on is not conn or of != uuid:
+            dom = conn.lookupByUUIDString(uuid)
+            self._known = (conn, uuid, dom)
+        return dom
 
     def find(self, domain: str) -> names.DomainUuid:
         """The UUID of a domain given by name, UUID or id, tried in the order of virsh.  Errors: NoSuchDomain."""

@@ -17,7 +17,7 @@ import time
 from typing import Any, Dict, Final, Optional
 
 from libvirt_cbt import errors, names, processes
-from libvirt_cbt.hypervisor import connection, scratch
+from libvirt_cbt.hypervisor import connection, pace, scratch
 
 READY_SECONDS: Final = 15.0
 ANSWER_SECONDS: Final = 5.0
@@ -36,6 +36,8 @@ class Guard:
 
     def __init__(self, host: connection.Host, uuid: names.DomainUuid) -> None:
         self.absent: Optional[str] = None
+        self._host, self._uuid = host, uuid
+        self._slowed: Optional[str] = None
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._pending = b""
         self._said: Dict[str, bool] = {}
@@ -91,11 +93,17 @@ class Guard:
     def watch(self, where: scratch.Places) -> None:
         """From now on the job that exports on our socket ends when the scratch files' room runs out, or with us.
 
-        Nobody waits for an answer: the words are in the pipe before the job begins, and `check` looks at the room, too.
+        With plenty of room nobody waits for an answer: the words are in the pipe before the job begins, and `check` looks
+        at the room, too.  With little the guest is slowed before.
         """
         self._directory = where.directory
         self._reserve = scratch.reserve(scratch.room(where.directory))
-        self._say(do="watch", socket=where.socket, directory=where.directory, reserve=self._reserve)
+        speed = scratch.speed(where)
+        if speed and self.wait_ready() is None:
+            self._slowed = pace.group(where.socket)
+        self._say(do="watch", socket=where.socket, directory=where.directory, reserve=self._reserve, speed=speed)
+        if self._slowed:
+            self._answer("watching", ANSWER_SECONDS)
 
     def stay(self) -> Optional[str]:
         """It outlives the tool and guards the job until that has ended; why it cannot, or None."""
@@ -131,6 +139,11 @@ class Guard:
         except subprocess.TimeoutExpired:
             self._process.returncode = 0  # it belongs to nobody from here on: no warning about a child left running
         self._process = None
+        if self._slowed and not self._stays:
+            try:
+                pace.restore(self._host, self._uuid, self._slowed)  # the guardian may have been killed
+            except errors.CbtError:
+                pass  # libvirt is away: the guardian, which has not ended then, or `recover` does it
 
     def _say(self, **words: Any) -> None:
         if self._process and self._process.stdin:

@@ -19,12 +19,18 @@ from typing import Any, Dict, Final, List, Optional
 import libvirt
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.hypervisor import connection, job, quiesce, scratch
+from libvirt_cbt.hypervisor import connection, job, pace, quiesce, scratch
 
-TICK: Final = 0.01  # seconds between two looks at the room: a guest writes some MiB meanwhile
+# Between two looks at the room passes at most the time in which the fastest guest could use up what is above the reserve.
+FASTEST: Final = 4 << 30  # bytes a second
+TICKS: Final = (0.001, 0.05)  # seconds, the shortest and the longest
+NICE: Final = -10  # where many guests want the processors the guard of one must not wait for its turn
 STATISTICS_SECONDS: Final = 1.0
 # A request of the tool's may reach libvirt after the tool's death: so long is looked for what it may have begun.
 AFTERMATH_SECONDS: Final = 3.0
+GIVE_UP_SECONDS: Final = 600.0  # a daemon or QEMU that does not answer is given up then; the next run tries, too
+GO_ON_SECONDS: Final = 0.5  # a write that failed just before the job ended is reported within this time
+PAUSES: Final = (0.1, 60.0)  # seconds between two tries to end a job; each may keep one of libvirtd's workers busy
 
 
 class Guardian:
@@ -40,6 +46,8 @@ class Guardian:
         self._reserve = 0
         self._used_limit: Optional[int] = None
         self._used = 0
+        self._tick = TICKS[0]
+        self._stopped = False  # before our job: not ours to let go on
         self._stays = self._released = False
 
     def run(self) -> None:
@@ -50,6 +58,8 @@ class Guardian:
             self._look()
         if not self._released:
             self._orphaned()
+        elif self._socket:
+            self._finish(0.0)  # there is a job only if the tool could not end it
         if self._nurse:
             self._nurse.join()
 
@@ -69,7 +79,7 @@ class Guardian:
 
     def _pause(self) -> float:
         if self._socket:
-            return TICK
+            return self._tick
         return max(0.0, min(60.0, self._deadline - time.monotonic())) if self._deadline is not None else 60.0
 
     def _do(self, words: Dict[str, Any]) -> None:
@@ -83,7 +93,7 @@ class Guardian:
             if verb == "nurse":
                 self._thaw()
         elif verb == "watch":
-            self._watch(words["socket"], words["directory"], words["reserve"])
+            self._watch(words["socket"], words["directory"], words["reserve"], words["speed"])
             say("watching")
         elif verb == "stay":
             self._stays = True
@@ -99,13 +109,23 @@ class Guardian:
             say("fired")
             self._thaw()
         if self._socket and self._low():
-            ended, self._socket = self._socket, None
-            self._end(ended)
+            self._finish(0.0)
+            if not self._stopped:
+                pace.go_on(self._host, self._uuid, GO_ON_SECONDS)
 
-    def _watch(self, socket: str, directory: str, reserve: int) -> None:
+    def _watch(self, socket: str, directory: str, reserve: int, speed: int) -> None:
         self._socket, self._directory, self._reserve = socket, directory, reserve
+        if speed:
+            self._slowed(socket, speed)
         self._used_limit = max(0, scratch.room(directory) - reserve)
         threading.Thread(target=self._statistics, daemon=True).start()
+
+    def _slowed(self, socket: str, speed: int) -> None:
+        try:
+            pace.slow(self._host, self._uuid, pace.group(socket), speed)
+            self._stopped = pace.stopped(self._host, self._uuid)
+        except errors.CbtError:
+            pass  # libvirt is away; the job will not begin then
 
     def _statistics(self) -> None:
         """libvirt's own count, where the folder is not what fills up; it hangs with a stopped QEMU, so not in the loop."""
@@ -121,6 +141,7 @@ class Guardian:
             free = scratch.room(self._directory)
         except OSError:
             return False  # the folder has gone, and the job with it
+        self._tick = min(TICKS[1], max(TICKS[0], (free - self._reserve) / FASTEST))
         if free >= self._reserve and (self._used_limit is None or self._used <= self._used_limit):
             return False
         say("full", free=free)
@@ -128,11 +149,28 @@ class Guardian:
 
     # What it does
 
-    def _end(self, socket: str) -> bool:
+    def _finish(self, settle: float) -> None:
+        """No job of ours is left, and the guest is as before."""
+        socket, self._socket = self._socket, None
+        if not socket:
+            return
+        self._end(socket, settle)
         try:
-            return job.end(self._host, self._uuid, socket)
+            pace.restore(self._host, self._uuid, pace.group(socket))
         except errors.CbtError:
-            return False  # libvirt or the guest has gone; `recover` looks again
+            pass  # the guest is undefined, or the tool and `recover` look again
+
+    def _end(self, socket: str, settle: float) -> None:
+        """Ends the job, which may begin within `settle` seconds; tries again while libvirt or QEMU does not answer."""
+        begun, pause = time.monotonic(), PAUSES[0]
+        while time.monotonic() - begun < GIVE_UP_SECONDS:
+            try:
+                if job.end(self._host, self._uuid, socket) or time.monotonic() - begun >= settle:
+                    return
+                time.sleep(PAUSES[0])
+            except errors.CbtError:
+                time.sleep(pause)
+                pause = min(2 * pause, PAUSES[1])
 
     def _thaw(self) -> None:
         """Until the agent has answered: a freeze that waits in its queue comes true when it wakes."""
@@ -149,9 +187,7 @@ class Guardian:
         if self._stays:
             self._stay()
         elif self._socket:
-            deadline = time.monotonic() + AFTERMATH_SECONDS
-            while not self._end(self._socket) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            self._finish(AFTERMATH_SECONDS)
 
     def _stay(self) -> None:
         """Minds the room of a fleecing point that was left open, until its job has ended."""
@@ -159,11 +195,14 @@ class Guardian:
         checked = time.monotonic()
         while self._socket:
             self._look()
-            time.sleep(TICK)
+            time.sleep(self._tick)
             if time.monotonic() - checked > STATISTICS_SECONDS:
                 checked = time.monotonic()
-                if not job.exporting(self._host, self._uuid, self._socket):
-                    return
+                try:
+                    if self._socket and not job.exporting(self._host, self._uuid, self._socket):
+                        self._finish(0.0)
+                except errors.CbtError:
+                    continue  # the daemon is away; the guest goes on to write, and the room is still to be minded
 
 
 def say(what: str, **facts: Any) -> None:
@@ -177,6 +216,10 @@ def main(arguments: List[str]) -> None:
     """`guardian URI UUID`, commands on standard input."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # it ends with the tool, and not before it
+    try:
+        os.nice(NICE)
+    except OSError:
+        pass  # not root
     uri, uuid = arguments
     try:
         host = connection.Host(uri)

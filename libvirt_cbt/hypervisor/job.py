@@ -32,7 +32,13 @@ BLOCK_JOBS: Final[Dict[int, str]] = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "a block commit",
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP: "a backup",
 }
+ANSWER_SECONDS: Final = 5.0  # of a QEMU about its jobs; milliseconds, unless it was stopped or is stuck
+# No such domain, no backup job, not running.
+NO_JOB: Final = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_OPERATION_INVALID)
 END_SECONDS: Final = 60.0
+# Keeps a guest that powers itself off until the job has ended.  Older bindings lack it, older daemons refuse it.
+PRESERVE: Final = int(getattr(libvirt, "VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN", 0))
+PRESERVE_SINCE: Final = 11_010_000  # libvirt 11.10.0
 ABORT_SECONDS: Final = 15.0  # a QEMU that was stopped never answers
 
 
@@ -46,7 +52,19 @@ class Running:
 
 
 def running(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]:
-    """The job that keeps a domain busy; asked so that nobody waits 30 s for libvirt's own lock."""
+    """The job that keeps a domain busy; asked so that nobody waits 30 s for libvirt's own lock.
+
+    Errors: HypervisorError when there is no answer (libvirt itself would wait without end for a QEMU that was stopped).
+    """
+    try:
+        return connection.within(ANSWER_SECONDS, lambda: _running(host, uuid))
+    except TimeoutError:
+        raise errors.HypervisorError(
+            reason=f"the QEMU of domain {uuid} does not answer; look whether it was stopped or its storage hangs"
+        ) from None
+
+
+def _running(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]:
     dom = host.lookup(uuid)
     with host.translated(uuid):
         if not dom.isActive():
@@ -67,9 +85,13 @@ def running(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]:
 
 def _block_job(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]:
     dom = host.lookup(uuid)
+    asked = False
     for target in domain.targets(host, uuid):
         try:
             info = dom.blockJobInfo(target, 0)
+            # So far libvirt has answered from memory.  A QEMU that was stopped is found out here, within a time limit,
+            # and not by a later call that has none.
+            asked = asked or bool(dom.blockInfo(target))
         except libvirt.libvirtError:
             continue
         if info:
@@ -100,7 +122,7 @@ def begin(host: connection.Host, uuid: names.DomainUuid, backup: str, checkpoint
     """
     dom = host.lookup(uuid)
     try:
-        dom.backupBegin(backup, checkpoint, libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL)
+        dom.backupBegin(backup, checkpoint, _flags(host))
     except libvirt.libvirtError as e:
         first = host.translate(e, uuid)
         # When the export step fails the job is gone but the checkpoint stays behind.
@@ -110,6 +132,11 @@ def begin(host: connection.Host, uuid: names.DomainUuid, backup: str, checkpoint
         except errors.CbtError:
             pass  # the first error is the one to tell; the intent lets the next run clean up
         raise first from None
+
+
+def _flags(host: connection.Host) -> int:
+    preserve = PRESERVE and host.retry(lambda conn: int(conn.getLibVersion())) >= PRESERVE_SINCE
+    return int(libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL) | (PRESERVE if preserve else 0)
 
 
 def exports(host: connection.Host, uuid: names.DomainUuid) -> documents.RunningJob:
@@ -130,7 +157,9 @@ def end(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
     while True:
         failure: Optional[str] = None
         try:
-            connection.within(ABORT_SECONDS, host.lookup(uuid).abortJob)
+            # Not to be repeated on a new connection without another look at whose job it is.
+            dom = host.retry(lambda conn: host.known(conn, uuid))
+            connection.within(ABORT_SECONDS, dom.abortJob)
         except libvirt.libvirtError as e:
             # Ended by itself meanwhile (a guest that was switched off), or a lost connection: looked at again below.
             failure = connection.message(e)
@@ -153,11 +182,11 @@ def end(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
 def exporting(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
     """Whether the domain's backup job exports on `socket`: a path with our random id is the proof that it is ours."""
     try:
-        text = host.retry(lambda conn: conn.lookupByUUIDString(uuid).backupGetXMLDesc(0))
+        text = host.retry(lambda conn: host.known(conn, uuid).backupGetXMLDesc(0))
     except libvirt.libvirtError as e:
-        if host.lost(e):
-            raise host.translate(e, uuid) from None
-        return False  # no job, or no such domain any more
+        if e.get_error_code() in NO_JOB:
+            return False
+        raise host.translate(e, uuid) from None  # whatever else it is proves nothing
     return documents.running_job(text).socket == socket
 
 

@@ -19,6 +19,7 @@ from libvirt_cbt import places as folders
 SOCKET_PATH_MAX: Final = 107
 ROOM_FLOOR: Final = 4 * 1024 * 1024  # a job is not begun with less
 RESERVE: Final = 512 * 1024 * 1024  # a job is ended when less is left: a fast guest writes that while it ends
+REACTION_SECONDS: Final = 0.5  # from the last look at the room to the end of the job, on a busy host
 DEFAULT_DIRECTORY: Final = "/var/lib/libvirt/cbt-scratch"
 
 
@@ -70,7 +71,7 @@ def made(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, 
     done = Made()
     try:
         _make(where, sizes, qemu_ids)
-        done.tight = _tight(where, sum(sizes.values()))
+        done.tight = _tight(where)
         yield done
     finally:
         if not done.keep:
@@ -95,15 +96,33 @@ def _make(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int,
         raise errors.ScratchDenied(directory=directory, reason=e.strerror or str(e)) from None
 
 
-def _tight(where: Places, needed: int) -> Optional[str]:
+def _tight(where: Places) -> Optional[str]:
     free = room(where.directory)
-    if free >= needed + reserve(free):
+    if not _scarce(where, free):
         return None
-    directory = os.path.dirname(where.directory)
+    slowed = speed(where)
     return (
-        f"{directory} has {free >> 20} MiB free: should the guest overwrite more than {(free - reserve(free)) >> 20} MiB "
-        "during the copy, the backup is ended"
+        f"{os.path.dirname(where.directory)} has {free >> 20} MiB free: should the guest overwrite more than "
+        f"{(free - reserve(free)) >> 20} MiB during the copy, the backup is ended"
+        + (f"; its writes are slowed to {slowed >> 20} MiB a second until then" if slowed else "")
     )
+
+
+def speed(where: Places) -> int:
+    """Bytes a second that may go to the scratch files, so that a job can be ended in time; 0 where nothing is scarce."""
+    free = room(where.directory)
+    kept = reserve(free)
+    return int(kept / REACTION_SECONDS) if _scarce(where, free) and kept < RESERVE else 0
+
+
+def _scarce(where: Places, free: int) -> bool:
+    """Whether the guest could overwrite more than there is room for."""
+    return free < sum(_capacity(path) for path in where.scratch.values()) + reserve(free)
+
+
+def _capacity(path: str) -> int:
+    with open(path, "rb") as image:
+        return int.from_bytes(image.read(32)[24:], "big")  # a qcow2 header's `size`
 
 
 def _make_directories(where: Places, qemu_ids: Optional[Tuple[int, int]]) -> None:
@@ -120,7 +139,7 @@ def _make_directories(where: Places, qemu_ids: Optional[Tuple[int, int]]) -> Non
 
 def reserve(free: int) -> int:
     """Bytes that must stay free during a job which begins with `free`."""
-    return min(RESERVE, free // 2)
+    return min(RESERVE, free // 4 * 3)
 
 
 def room(directory: str) -> int:

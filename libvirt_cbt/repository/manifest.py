@@ -218,6 +218,7 @@ class Intent(Sealed):
     socket: str = Field(max_length=4096)
     scratch_dir: str = Field(max_length=4096)
     scratch: Dict[TargetName, str]
+    images: Dict[TargetName, str] = {}  # of a guest that was off: where the new bitmap may be
     phase: Phase
     pid: int
     guard: Optional[Guard] = None

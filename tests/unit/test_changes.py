@@ -13,7 +13,8 @@ import pytest
 
 import libvirt_cbt
 from libvirt_cbt import errors, extents
-from libvirt_cbt.repository import npy, store, union
+from libvirt_cbt.actions import exact
+from libvirt_cbt.repository import npy, plan, store, union
 from tests.unit import changes_samples as samples
 from tests.unit import repository_samples
 
@@ -334,9 +335,7 @@ def test_files_are_closed(kept: store.DomainStore, asked: Asked) -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_more_generations_than_files_may_be_open(
-    kept: store.DomainStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_generations_than_files_may_be_open(kept: store.DomainStore, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: List[Tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
@@ -384,3 +383,103 @@ def test_memory_is_bounded_by_rows_not_by_the_disk(
         samples.publish(kept, [(o, GRAIN, 1) for o in offsets], 2000 * GRAIN, first=not number)
     assert rows(asked(1)) == [(o, GRAIN, 1, 4) for o in offsets]
     assert max(read) == 100 and sum(read) == 3000
+
+
+# What an exact answer is made of; with real layers in tests/libvirt/test_changed.py.
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"live": True, "until": 2}, "leave --until out"),
+        ({"live": True, "until": "latest"}, "leave --until out"),
+        ({"live": True, "exact": True}, "ends at a mark"),
+        ({"scratch_dir": "/var/tmp"}, "--live"),
+        ({"live": True, "start_offset": -1}, "begin at 0"),
+        ({"live": True, "max_results": 0}, "1 or more"),
+        ({"exact": True, "since": "*"}, "is none"),
+        ({"exact": True}, "generation 1 holds no data"),
+        ({"exact": True, "since": 2}, "generation 3 holds no data"),
+    ],
+)
+def test_questions_without_sense(kept: store.DomainStore, more: Any, why: str) -> None:
+    """They are refused before libvirt is asked for a mark."""
+    samples.publish(kept, [], GRAIN, first=True)
+    samples.publish(kept, [], GRAIN, contents=[(0, GRAIN, 1)])
+    samples.publish(kept, [], GRAIN)
+    session = libvirt_cbt.Session(uri="nowhere:///", repository=kept.repository.path)
+    with pytest.raises(errors.Usage, match=why) as caught:
+        libvirt_cbt.changed(session, "vm", "vda", **{"since": 1, **more})
+    assert caught.value.code == 2
+
+
+def test_overlaps_of_rows_and_parts(rng: random.Random) -> None:
+    for _ in range(200):
+        size = rng.randrange(1, 60)
+        row_of = [rng.choice((0, 0, 1, 1, 2, 3)) for _ in range(size)]
+        in_part = [rng.random() < 0.5 for _ in range(size)]
+        made = [_row(low, high, value) for low, high, value in _stretches(row_of)]
+        given = np.array(made, union.CHANGE) if made else np.empty(0, union.CHANGE)
+        cut = [(low, high - low, 1) for low, high, value in _stretches([int(x) for x in in_part])]
+        found = exact.overlaps(given, np.array(cut, extents.EXTENT) if cut else extents.empty())
+        want = [v if part else 0 for v, part in zip(row_of, in_part)]
+        got = [0] * size
+        for offset, length, state, generation in found.tolist():
+            assert length and state == 1 + generation % 2
+            assert got[offset : offset + length] == [0] * length
+            got[offset : offset + length] = [generation] * length
+        assert got == want
+        assert extents.check(found, size) == ""
+
+
+def _row(low: int, high: int, generation: int) -> Tuple[int, int, int, int]:
+    return low, high - low, 1 + generation % 2, generation
+
+
+def _stretches(values: List[int]) -> List[Tuple[int, int, int]]:
+    """(first, end, value) of equal neighbours that are not 0."""
+    cuts = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
+    return [(low, high, values[low]) for low, high in zip(cuts, cuts[1:]) if values[low]]
+
+
+def test_sectors_that_differ(rng: random.Random) -> None:
+    for _ in range(20):
+        grains = np.array(sorted(rng.sample(range(40), rng.randrange(1, 6))), np.int64)
+        one = bytearray(rng.randbytes(GRAIN) * len(grains))
+        two = bytearray(one)
+        want = set()
+        for _ in range(rng.randrange(12)):
+            where = rng.choice((rng.randrange(len(two)), rng.randrange(len(grains)) * GRAIN, len(two) - 1))
+            two[where] ^= 1 << rng.randrange(8)
+            sector = where // 512
+            want.discard(sector) if one[sector * 512 :][:512] == two[sector * 512 :][:512] else want.add(sector)
+        low = 7 * GRAIN
+        found = exact.runs(exact.sectors(one, two), low, grains)
+        assert extents.check(found, 1 << 30) == "" and len(extents.coalesce(found)) == len(found)
+        places = [int(grain) * 128 + 7 * 128 + sector for grain in grains for sector in range(128)]
+        told = {s for o, n, _ in found.tolist() for s in range(o // 512, (o + n) // 512)}
+        assert told == {places[sector] for sector in want}
+
+
+def test_what_is_on_record_as_the_same(tmp_path: Path) -> None:
+    """Zeroes of any origin, and runs of one place, length and digest; whatever layers they lie in."""
+
+    def reader(name: str, rows: List[Tuple[int, int, int]], seed: int) -> npy.Reader:
+        writer = npy.Writer(str(tmp_path / name), extents.CONTENT)
+        writer.append(repository_samples.content(rows, seed))
+        return npy.Reader(writer.path, extents.CONTENT, writer.finish()[0])
+
+    base = [(0, 2 * GRAIN, 1), (2 * GRAIN, GRAIN, 1), (3 * GRAIN, GRAIN, 2), (4 * GRAIN, 2 * GRAIN, 1)]
+    written = [(0, GRAIN, 1), (GRAIN, GRAIN, 2), (2 * GRAIN, GRAIN, 1)]
+    with reader("full", base, 0) as full, reader("other", written, 1) as other:
+        with reader("again", [(0, 2 * GRAIN, 1), (2 * GRAIN, GRAIN, 1)], 0) as again:
+            high = 7 * GRAIN
+            old, new, back = (plan.Shown(chain, 0, high) for chain in ([full], [other, full], [again, other, full]))
+    assert new.same(old).tolist() == old.same(new).tolist() == [False, False, False, True, True, True, True]
+    assert back.same(old).all()
+    assert old.same(old).all()
+    wanted = np.array([False, True, True, True, False, True, False])
+    assert [(r.layer, r.offset, r.length, r.keep) for r in new.runs(wanted)] == [
+        (0, 2 * GRAIN, GRAIN, ((2 * GRAIN, GRAIN),)),
+        (1, 4 * GRAIN, 2 * GRAIN, ((5 * GRAIN, GRAIN),)),
+    ]

@@ -1,0 +1,24 @@
+"""The fleecing point of a domain in whatever state it is: a job of the running guest, or the images of one that is off."""
+
+from __future__ import annotations
+
+from typing import ContextManager
+
+from libvirt_cbt.actions import fleecing, offline
+from libvirt_cbt.actions.fleecing import Fleece, Plan, Request
+from libvirt_cbt.actions.session import Session
+from libvirt_cbt.hypervisor import bitmaps, domain
+from libvirt_cbt.repository import store
+
+
+def planned(session: Session, kept: store.DomainStore, request: Request) -> Plan:
+    """Errors: NotRunning for a domain that neither runs nor is off; those of fleecing.planned, offline.planned."""
+    dom = domain.read(session.host, kept.uuid)
+    if bitmaps.off(dom):
+        return offline.planned(session, kept, dom, request)
+    return fleecing.planned(session, kept, fleecing.running(session.host, kept.uuid), request)
+
+
+def opened(session: Session, kept: store.DomainStore, plan: Plan) -> ContextManager[Fleece]:
+    """Errors: those of fleecing.opened, offline.opened."""
+    return offline.opened(session, kept, plan) if bitmaps.off(plan.dom) else fleecing.opened(session, kept, plan)

@@ -1,0 +1,228 @@
+"""The images of a guest that is off: what they are, the bitmaps in them, and a server that keeps them still.
+
+Every driver is named, down to the last backing file: what a guest wrote into its disk never decides how it is read.
+QEMU's own locks keep a guest from starting while its images are held, and us out while it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Dict, Final, FrozenSet, Iterator, List, Mapping, Optional, Tuple
+
+from libvirt_cbt import errors, names, tools
+from libvirt_cbt.nbdio import server
+from libvirt_cbt.nbdio.server import Endpoint
+
+FORMATS: Final = ("raw", "qcow2")
+MAX_DEPTH: Final = 200  # libvirt opens no longer chain
+_LOCKED: Final = re.compile(r"another process using the image \[(.*)\]")
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image with what lies below it; `bitmaps` are the flags of each persistent bitmap by name."""
+
+    path: str
+    format: str
+    capacity: int  # bytes
+    bitmaps: Mapping[str, FrozenSet[str]]
+    backing: Optional[Image]
+
+    def unusable(self, bitmap: str) -> Optional[str]:
+        """Why a bitmap does not say all that was written to this image since it was made; None when it does.
+
+        https://www.qemu.org/docs/master/interop/qcow2.html, bitmap directory entry: flags in_use and auto.
+        """
+        flags = self.bitmaps.get(bitmap)
+        if flags is None:
+            return "is not in the image"
+        if "in-use" in flags:
+            return "was not saved: QEMU or its host died while the image was open"
+        if "auto" not in flags:
+            return "was disabled and has not recorded since"
+        # After an external snapshot the changes are in the bitmaps of two images, and a server shows those of one.
+        if any(bitmap in below.bitmaps for below in self.below()):
+            return "is in two images of the chain; only a running guest shows both"
+        return None
+
+    def below(self) -> Iterator[Image]:
+        """The backing files, nearest first."""
+        at = self.backing
+        while at:
+            yield at
+            at = at.backing
+
+
+def look(target: str, path: str, fmt: str) -> Image:
+    """What a disk's image is; `target` is for the errors.  Errors: ImageInUse when it is open for writing, ImageUnreadable."""
+    chain: List[Tuple[str, str, Dict[str, Any]]] = []
+    at: Optional[Tuple[str, str]] = (path, fmt)
+    while at:
+        if len(chain) == MAX_DEPTH or any(seen[0] == at[0] for seen in chain):
+            raise errors.ImageUnreadable(target=target, reason=f"the backing files of {_shown(path)} do not end")
+        found = _info(target, *at)
+        chain.append((*at, found))
+        at = _backing(target, at[0], found) if at[1] == "qcow2" else None
+    image: Optional[Image] = None
+    for one, driver, found in reversed(chain):
+        image = Image(one, driver, int(found["virtual-size"]), _bitmaps(found), image)
+    assert image is not None
+    return image
+
+
+def has(target: str, path: str, bitmap: str, *, shared: bool = False) -> bool:
+    """Whether a qcow2 image has a bitmap; False for a file that is gone.
+
+    `shared` looks past the locks: what a running QEMU has in its own memory is not seen.  Errors: as of `look`.
+    """
+    return os.path.lexists(path) and bitmap in _bitmaps(_info(target, path, "qcow2", shared=shared))
+
+
+def add(target: str, path: str, bitmap: str) -> None:
+    """Makes a persistent bitmap that records from now on.  Errors: ImageInUse, ToolFailed."""
+    _changed("--add", target, path, bitmap)
+
+
+def remove(target: str, path: str, bitmap: str) -> bool:
+    """Removes a bitmap, broken ones too; False when the image has none of that name.  Errors: ImageInUse, ToolFailed."""
+    # Looked for with the locks respected: a qemu-img that outlived its parent may just be adding it.
+    if not has(target, path, bitmap):
+        return False
+    _changed("--remove", target, path, bitmap)
+    return True
+
+
+@contextmanager
+def held(disks: Mapping[str, Tuple[Image, Optional[str]]], run_dir: str) -> Iterator[Dict[str, Endpoint]]:
+    """Every disk's image read-only over NBD, with one bitmap each where one is named; until the end nobody can write.
+
+    https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
+    Errors: ImageInUse, ToolFailed (also when the bitmap cannot be used, or the server ended by itself).
+    """
+    where = os.path.join(run_dir, "still.sock")
+    argv = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={where.replace(',', ',,')}"]
+    for number, (target, (image, bitmap)) in enumerate(disks.items()):
+        node = {**_chain(image), "node-name": f"n{number}", "read-only": True}
+        export = f"type=nbd,id=e{number},node-name=n{number},name={target}"
+        argv += ["--blockdev", json.dumps(node), "--export", export + (f",bitmaps.0={bitmap}" if bitmap else "")]
+    targets = {below.path: target for target, (image, _) in disks.items() for below in (image, *image.below())}
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(server.running(argv, where))
+        except errors.ToolFailed as e:
+            locked = _LOCKED.search(str(e))
+            raise (_in_use(targets.get(locked[1], "?"), locked[1]) if locked else e) from None
+        yield {target: Endpoint(where, target) for target in disks}
+
+
+def _chain(image: Image) -> Dict[str, Any]:
+    node = _node(image.path, image.format)
+    if image.format == "qcow2":
+        node["backing"] = _chain(image.backing) if image.backing else None
+    return node
+
+
+def _node(path: str, fmt: str) -> Dict[str, Any]:
+    try:
+        block = stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        block = False
+    return {"driver": fmt, "file": {"driver": "host_device" if block else "file", "filename": path}}
+
+
+def _alone(path: str, fmt: str) -> str:
+    """An image without what lies below it, as a file name that qemu-img takes."""
+    node = _node(path, fmt)
+    return "json:" + json.dumps({**node, "backing": None} if fmt == "qcow2" else node)
+
+
+def _info(target: str, path: str, fmt: str, *, shared: bool = False) -> Dict[str, Any]:
+    if fmt not in FORMATS:
+        raise errors.ImageUnreadable(target=target, reason=f"{_shown(path)} is a {_shown(fmt)} image")
+    if not os.path.isabs(path):
+        raise errors.ImageUnreadable(target=target, reason=f"{_shown(path) or 'its source'} is not a file of this host")
+    try:
+        os.stat(path)
+    except OSError as e:
+        raise errors.ImageUnreadable(target=target, reason=f"{_shown(path)}: {e.strerror}") from None
+    argv = ["qemu-img", "info", "--output=json", *(["-U"] if shared else []), _alone(path, fmt)]
+    try:
+        found = json.loads(tools.run(argv))
+    except errors.ToolFailed as e:
+        if _LOCKED.search(str(e)):
+            raise _in_use(target, path) from None
+        raise errors.ImageUnreadable(target=target, reason=str(e)) from None
+    return found if isinstance(found, dict) else {}
+
+
+def _backing(target: str, path: str, found: Dict[str, Any]) -> Optional[Tuple[str, str]]:
+    written = found.get("backing-filename")
+    if written is None:
+        if _says_backing(path):
+            raise errors.ImageUnreadable(target=target, reason=f"qemu-img does not tell the backing file of {_shown(path)}")
+        return None
+    fmt = found.get("backing-filename-format")
+    if fmt is None:
+        raise errors.ImageUnreadable(
+            target=target,
+            reason=f"{_shown(path)} does not record the format of its backing file, and it is not guessed "
+            "(`qemu-img rebase -u -b FILE -F FORMAT` records it)",
+        )
+    full = str(found.get("full-backing-filename", written))
+    # QEMU takes a colon before the first slash for a protocol: nbd://, json:{...}.
+    if ":" in str(written).partition("/")[0] or not os.path.isabs(full):
+        raise errors.ImageUnreadable(target=target, reason=f"its backing file {_shown(str(written))} is no local file")
+    return full, str(fmt)
+
+
+def _says_backing(path: str) -> bool:
+    """Whether a qcow2 header names a backing file, bytes 8 to 15: read without it the image would show zeroes."""
+    with open(path, "rb", buffering=0) as file:
+        header = file.read(16)
+    return header[:4] == b"QFI\xfb" and any(header[8:16])
+
+
+def _bitmaps(found: Dict[str, Any]) -> Dict[str, FrozenSet[str]]:
+    listed = found.get("format-specific", {}).get("data", {}).get("bitmaps", [])
+    return {str(one["name"]): frozenset(one["flags"]) for one in listed}
+
+
+def _changed(how: str, target: str, path: str, bitmap: str) -> None:
+    try:
+        tools.run(["qemu-img", "bitmap", how, _alone(path, "qcow2"), bitmap])
+    except errors.ToolFailed as e:
+        if _LOCKED.search(str(e)):
+            raise _in_use(target, path) from None
+        raise
+
+
+def _in_use(target: str, path: str) -> errors.ImageInUse:
+    return errors.ImageInUse(target=target, path=_shown(path), holder=_holder(path))
+
+
+def _holder(path: str) -> str:
+    """Who has a file open, as far as this user may see."""
+    try:
+        wanted = os.stat(path)
+    except OSError:
+        return "another program"
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        if int(pid) == os.getpid():
+            continue
+        try:
+            for descriptor in os.scandir(f"/proc/{pid}/fd"):
+                if os.path.samestat(wanted, descriptor.stat()):
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+                        return f"{_shown(name.read().strip())} (process {pid})"
+        except OSError:
+            continue  # it ended, or it is not for us to see
+    return "another program"
+
+
+def _shown(text: str) -> str:
+    return names.printable(text, 500)

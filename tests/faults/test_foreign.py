@@ -1,0 +1,258 @@
+"""Work of others on the same guest: named, never waited for unasked, never ended.  Rows 7 and 8 of the faults.
+
+libvirt tells no age of block jobs (virDomainGetBlockJobInfo has type, bandwidth, cur and end), so a block copy is named
+with its disk only; backups and saves are named with their age.  A migration is the same to libvirt as a save, an outgoing
+migration of QEMU's: here into a pipe that nobody reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import libvirt
+import pytest
+
+from libvirt_cbt.repository import manifest
+from tests.faults.held import Held
+from tests.guests import daemon
+from tests.guests.plain import MIB, Disk, PlainGuest
+from tests.libvirt.tool import Ended, Tool, models, same
+
+DISK = 24 * MIB
+
+
+@pytest.fixture
+def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
+    return Tool(libvirtd, str(tmp_path / "repository"))
+
+
+@pytest.fixture
+def guest(plain_guest: Callable[..., PlainGuest]) -> PlainGuest:
+    return plain_guest(Disk("vda", DISK), name="shared")
+
+
+def _place(guest: PlainGuest) -> str:
+    """A folder in which QEMU, another user, may make files."""
+    place = os.path.join(guest.folder, "theirs")
+    os.mkdir(place)
+    os.chmod(place, 0o777)
+    return place
+
+
+def _type(guest: PlainGuest) -> int:
+    return int(guest.domain.jobStats().get("type", 0))
+
+
+def _until(happened: Callable[[], bool], what: str, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+# What others may be doing.  Each block ends it.
+
+
+@contextmanager
+def pull(guest: PlainGuest) -> Iterator[str]:
+    place = _place(guest)
+    guest.domain.backupBegin(
+        f"<domainbackup mode='pull'><server transport='unix' socket='{place}/nbd.sock'/><disks>"
+        f"<disk name='vda' type='file'><scratch file='{place}/vda.scratch'/></disk></disks></domainbackup>",
+        None,
+    )
+    yield "a backup"
+    assert _type(guest) != libvirt.VIR_DOMAIN_JOB_NONE, "their job was ended"
+    guest.domain.abortJob()
+
+
+@contextmanager
+def copy(guest: PlainGuest) -> Iterator[str]:
+    place = _place(guest)
+    guest.domain.blockCopy(
+        "vda",
+        f"<disk type='file'><source file='{place}/vda.copy'/><driver type='qcow2'/></disk>",
+        {"bandwidth": 65536},
+        libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB,
+    )
+    yield "a block copy on disk vda"
+    assert guest.domain.blockJobInfo("vda", 0), "their job was ended"
+    guest.domain.blockJobAbort("vda", 0)
+
+
+Others = Callable[[PlainGuest], Any]
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("theirs", [pull, copy])
+def test_work_of_others_is_named_at_once_and_left_alone(
+    tool: Tool, guest: PlainGuest, rng: random.Random, theirs: Others
+) -> None:
+    guest.write_bytes("vda", 0, rng.randbytes(DISK))
+    with theirs(guest) as what:
+        time.sleep(1.1)
+        begun = time.monotonic()
+        busy = tool.run("backup", guest.name)
+        assert time.monotonic() - begun < 2
+        assert (busy.code, busy.document["error"]["kind"]) == (11, "DomainBusy"), busy
+        assert f"is busy with {what}" in busy.stderr
+        assert " on disk " in what or " since 1 s" in busy.stderr or " since 2 s" in busy.stderr, busy.stderr
+        begun = time.monotonic()
+        assert tool.run("backup", guest.name, "--wait", "0.5").code == 11
+        assert time.monotonic() - begun < 3
+        _nothing_of_ours(tool, guest)
+    assert tool.run("backup", guest.name, "--disk", "vda").code == 0
+
+
+@pytest.mark.fault(8)
+def test_a_save_of_others_is_named_at_once_and_goes_on(tool: Tool, guest: PlainGuest) -> None:
+    pipe = os.path.join(_place(guest), "pipe")
+    os.mkfifo(pipe)
+    os.chmod(pipe, 0o666)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    pid, dom, ended = guest.pid, guest.domain, threading.Event()
+
+    def run() -> None:
+        with contextlib.suppress(libvirt.libvirtError):  # its QEMU is killed
+            dom.save(pipe)
+        ended.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        _until(lambda: _type(guest) != libvirt.VIR_DOMAIN_JOB_NONE, "it did not begin")
+        time.sleep(0.5)
+        begun = time.monotonic()
+        busy = tool.run("backup", guest.name)
+        assert time.monotonic() - begun < 2
+        assert (busy.code, busy.document["error"]["kind"]) == (11, "DomainBusy"), busy
+        assert "is busy with a save since " in busy.stderr
+        assert not ended.is_set()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.close(reader)
+        thread.join(30)
+
+
+@pytest.mark.fault(8)
+@pytest.mark.fault(28)
+def test_a_qemu_that_does_not_answer_is_said_in_seconds(tool: Tool, guest: PlainGuest) -> None:
+    pid = guest.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        ended = tool.run("backup", guest.name, "--wait", "60")
+        assert time.monotonic() - begun < 10
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert ended.code == 20, ended
+    assert "does not answer" in ended.stderr
+    assert tool.run("backup", guest.name).code == 0
+
+
+def _nothing_of_ours(tool: Tool, guest: PlainGuest) -> None:
+    assert os.listdir(tool.host.scratch) == os.listdir(tool.host.run_dir) == []
+    assert os.listdir(os.path.join(tool.repository, guest.uuid, "staging")) == []
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("theirs", [pull, copy])
+def test_with_wait_it_goes_on_when_they_have_ended(
+    tool: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path, theirs: Others
+) -> None:
+    guest.write_bytes("vda", 0, rng.randbytes(DISK))
+    with theirs(guest):
+        process = tool.start("backup", guest.name, "--wait", "60")
+        time.sleep(1.5)
+        assert process.poll() is None
+    assert process.wait(20) == 0
+    same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
+    tool.nothing_left(guest)
+
+
+@pytest.mark.fault(8)
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_waiting(tool: Tool, guest: PlainGuest, number: signal.Signals) -> None:
+    with pull(guest):
+        process = tool.start("backup", guest.name, "--wait", "60")
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(1.5) == 128 + number
+    assert _type(guest) == libvirt.VIR_DOMAIN_JOB_NONE
+
+
+# Another repository of ours, and another host
+
+
+@pytest.fixture
+def other(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
+    return Tool(libvirtd, str(tmp_path / "other"))
+
+
+@pytest.mark.fault(7)
+def test_what_another_repository_has_begun_or_left_is_not_touched(
+    tool: Tool, other: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path
+) -> None:
+    guest.write_bytes("vda", 0, rng.randbytes(DISK))
+    other.backup(guest)
+    with Held(tool, guest) as held:
+        _only_named(other, guest)
+        assert held.ended().code == 0
+    guest.write_bytes("vda", 0, rng.randbytes(DISK))
+    with Held(tool, guest) as held:
+        held.kill(guardian=True)
+    _only_named(other, guest)
+    assert len(guest.domain.listAllCheckpoints()) == 3  # one of each, and the one that was left
+    assert any(action.startswith("ended backup job") for action in tool.run("recover", guest.name).result["actions"])
+    for one in (tool, other):
+        assert one.backup(guest)["disks"][0]["mode"] == "incremental"
+        same(one.restored(guest, "latest", str(tmp_path)), models(guest))
+    tool.nothing_left(guest, checkpoints=2)
+
+
+def _only_named(tool: Tool, guest: PlainGuest) -> Ended:
+    before = [c.getName() for c in guest.domain.listAllCheckpoints()]
+    done = tool.run("recover", guest.name).result
+    assert (done["actions"], done["left"]) == ([], [])
+    busy = tool.run("backup", guest.name)
+    assert (busy.code, busy.document["error"]["kind"]) == (11, "DomainBusy"), busy
+    assert _type(guest) != libvirt.VIR_DOMAIN_JOB_NONE
+    assert [c.getName() for c in guest.domain.listAllCheckpoints()] == before
+    return busy
+
+
+@pytest.mark.fault(7)
+@pytest.mark.parametrize("field", ["host", "tool_host"])
+def test_what_a_run_of_another_host_has_left_is_said_and_left(
+    tool: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path, field: str
+) -> None:
+    tool.backup(guest)
+    guest.write_bytes("vda", 0, rng.randbytes(DISK))
+    with Held(tool, guest) as held:
+        held.kill(guardian=True)
+    (path,) = Path(tool.repository, guest.uuid, "staging").glob("*/intent.json")
+    intent = manifest.Intent.load(str(path))
+    path.write_bytes(intent.model_copy(update={field: "elsewhere"}).dump())
+    checkpoints = [c.getName() for c in guest.domain.listAllCheckpoints()]
+    done = tool.run("recover", guest.name).result
+    assert done["actions"] == []
+    assert len(done["left"]) == 1
+    assert intent.id in done["left"][0]
+    assert "elsewhere" in done["left"][0]
+    assert tool.run("backup", guest.name).code == 11
+    assert _type(guest) != libvirt.VIR_DOMAIN_JOB_NONE
+    assert [c.getName() for c in guest.domain.listAllCheckpoints()] == checkpoints
+    path.write_bytes(intent.dump())
+    assert tool.backup(guest)["disks"][0]["mode"] == "incremental"
+    same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
+    tool.nothing_left(guest)
