@@ -18,13 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions.backup import backup
+    from libvirt_cbt.actions.boot import boot, discard
     from libvirt_cbt.actions.changed import changed
     from libvirt_cbt.actions.doctor import doctor
     from libvirt_cbt.actions.heatmap import heatmap
+    from libvirt_cbt.actions.in_place import restore_in_place
     from libvirt_cbt.actions.init import init
     from libvirt_cbt.actions.listing import generations, show
     from libvirt_cbt.actions.mark import mark
+    from libvirt_cbt.actions.protect import protect, unprotect
+    from libvirt_cbt.actions.prune import prune
     from libvirt_cbt.actions.recover import recover
+    from libvirt_cbt.actions.report import report
     from libvirt_cbt.actions.restore import restore
     from libvirt_cbt.actions.serve import serve
     from libvirt_cbt.actions.session import Session, Watch
@@ -40,24 +45,39 @@ __all__ = [
     "Session",
     "Watch",
     "backup",
+    "boot",
     "changed",
+    "discard",
     "doctor",
     "generations",
     "heatmap",
     "init",
     "mark",
+    "protect",
+    "prune",
     "recover",
+    "report",
     "restore",
+    "restore_in_place",
     "serve",
     "show",
     "start",
     "status",
     "stop",
+    "unprotect",
     "untrack",
     "verify",
 ]
 
-_HOME = {"Session": "session", "Watch": "session", "generations": "listing", "show": "listing"}
+_HOME = {
+    "Session": "session",
+    "Watch": "session",
+    "discard": "boot",
+    "generations": "listing",
+    "restore_in_place": "in_place",
+    "show": "listing",
+    "unprotect": "protect",
+}
 
 
 def __getattr__(name: str) -> Any:

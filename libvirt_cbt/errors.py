@@ -84,6 +84,10 @@ class NoPointOpen(NotFound):
     template = "no fleecing point of domain '{domain}' is open; `libvirt-cbt start {domain}` opens one"
 
 
+class NoSuchBoot(NotFound):
+    template = "no domain '{name}' was made by `libvirt-cbt boot` here; `virsh list --all` shows the names"
+
+
 # 11: busy
 
 
@@ -110,6 +114,27 @@ class ImageInUse(Busy):
 
 class RepositoryBusy(Busy):
     template = "domain '{domain}' is locked in {repository} by {owner}; try again when that has ended"
+
+
+class IdentityTaken(Busy):
+    template = "{what} is taken by domain '{domain}' on {uri}; {way_out}"
+
+
+class NotShutOff(Busy):
+    template = "domain '{domain}' is not simply shut off: {reason}"
+
+
+class TargetInUse(Busy):
+    """For an image, or a device, that somebody else has open."""
+
+    template = "{path} is in use: {reason}"
+
+
+class ChainPinned(Busy):
+    template = (
+        "backup {backup} of domain '{domain}' is being read (restore, verify, serve or another reader), "
+        "so its layers stay as they are; prune again when that has ended"
+    )
 
 
 # 12: tracking broken
@@ -150,6 +175,13 @@ class LineageBroken(TrackingBroken):
 class SourceLost(CbtError):
     code = 13
     template = "lost the source of disk '{target}' during the copy: {reason}; nothing was published, run it again"
+
+
+class PointLost(SourceLost):
+    template = (
+        "the fleecing point of domain '{domain}' was lost before it was stopped: {reason}; its generation is given up, "
+        "open another one"
+    )
 
 
 class SourceStalled(SourceLost):
@@ -211,6 +243,13 @@ class RepositoryFull(RepositoryError):
     )
 
 
+class NoRoomToMerge(RepositoryError):
+    template = (
+        "{repository} has {free} bytes free and taking away backup {backup} needs about {needed} for a while, as a newer "
+        "backup takes over its disk {target}; free some space, or remove a whole old chain first"
+    )
+
+
 class RepositoryDenied(RepositoryError):
     template = "cannot use repository {repository}: {reason}"
 
@@ -264,6 +303,13 @@ class NotConsistent(CbtError):
 class HypervisorError(CbtError):
     code = 20
     template = "libvirt: {reason}"
+
+
+class MadeElsewhere(HypervisorError):
+    template = (
+        "run {id} was begun on {tool_host} for a guest of {host} at {uri}; "
+        "what it left is put right from there: `libvirt-cbt -c '{uri}' recover`"
+    )
 
 
 class NoHypervisor(HypervisorError):

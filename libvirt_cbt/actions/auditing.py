@@ -34,7 +34,9 @@ def audited(
         disks = []
         for disk in plan.disks:
             if disk.copy != copy.DIRTY or disk.parent is None:
-                continue  # a full copy does not rely on a bitmap
+                how = "is copied in full and needs none" if disk.copy == copy.ALL else "is not copied"
+                fleece.warnings.append(f"disk {disk.target} was not audited: it {how}")
+                continue
             marks = stack.enter_context(kept.deltas(disk.target, disk.since, disk.base or 0, lineage=disk.lineage))
             layers = [link.layer for link in kept.chain(disk.parent, disk.target)]
             found[disk.target] = []

@@ -8,7 +8,7 @@ from typing import Callable, List, Optional, Tuple
 from libvirt_cbt import errors, names, places, tools
 from libvirt_cbt.actions import fleecing, offline, results, tracking
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import bitmaps, checkpoints, domain, job, scratch
+from libvirt_cbt.hypervisor import bitmaps, checkpoints, defining, domain, job, scratch
 from libvirt_cbt.repository import store
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -48,6 +48,7 @@ def doctor(session: Session, domain_name: Optional[str] = None, *, scratch_dir: 
         check("scratch room", lambda: _room(dom, scratch_dir))
         check("chain", lambda: _chain(session, dom))
         check("disks", lambda: _disks(dom))
+        check("firmware", lambda: _firmware(dom))
         for disk in dom.disks:
             reason = disk.unprotected or disk.untracked
             disks.append(results.DoctorDisk(disk.target, disk.unprotected is None, reason is None, reason))
@@ -186,3 +187,14 @@ def _chain(session: Session, dom: domain.Domain) -> Finding:
 def _disks(dom: domain.Domain) -> Finding:
     weak = [f"{d.target}: {d.unprotected or d.untracked}" for d in dom.disks if d.unprotected or d.untracked]
     return (WARNING, "; ".join(weak)) if weak else (OK, f"{len(dom.disks)} disks, all tracked")
+
+
+def _firmware(dom: domain.Domain) -> Finding:
+    if defining.emulated_tpm(dom.xml):
+        return WARNING, "the state of the emulated TPM is in no backup: keep the recovery keys of what is sealed with it"
+    path = defining.nvram(dom.xml)
+    if path is None:
+        return OK, "no UEFI variables"
+    if not os.access(path, os.R_OK):
+        return WARNING, f"the UEFI variables in {path} cannot be read, so they are in no backup; run it as root"
+    return OK, f"each backup has the UEFI variables of {path}"

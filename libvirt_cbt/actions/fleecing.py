@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -132,7 +133,7 @@ class Exported:
         return f"qemu:dirty-bitmap:{self.bitmap}" if self.bitmap else None
 
 
-class Fleece:
+class Fleece(ABC):
     """An open fleecing point, of a guest in whatever state; made by an `opened`, closed by `close`."""
 
     def __init__(self, session: Session, plan: Plan, stage: staging.Staging) -> None:
@@ -143,9 +144,9 @@ class Fleece:
         self._begun = time.monotonic()
         self.warnings: List[str] = []
 
+    @abstractmethod
     def exported(self) -> Dict[str, Exported]:
         """Where each disk can be read, by target."""
-        raise NotImplementedError
 
     def stop(self) -> None:
         """To be asked often during a copy.  Errors: Interrupted, TookTooLong."""
@@ -154,17 +155,17 @@ class Fleece:
         if limit is not None and time.monotonic() - self._begun > limit:
             raise errors.TookTooLong(domain=names.printable(self.plan.dom.name), seconds=limit)
 
+    @abstractmethod
     def alive(self) -> bool:
         """Whether what is exported is still this moment."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lost(self, error: errors.CbtError) -> errors.CbtError:
         """Why a copy really failed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Ends the point, which must have lasted until now, and removes what it needed on disk.  Errors: SourceLost."""
-        raise NotImplementedError
 
 
 class Job(Fleece):
@@ -175,18 +176,19 @@ class Job(Fleece):
     ) -> None:
         super().__init__(session, plan, stage)
         self._files, self._guard = files, watcher
-        self.warnings: List[str] = []
+        self.warnings = [files.tight] if files.tight else []
 
     def begin(self) -> None:
         """Freeze, begin, thaw.  Errors: NotConsistent, HypervisorError."""
         plan = self.plan
         self._guard.watch(plan.places)
-        self.stage.advance("freezing", guard=self._guard.process)
+        freezes = plan.request.quiesce != "none" and not quiesce.unfreezable(plan.dom)
+        self.stage.advance("freezing", self._guard.process, thaw_owed=freezes)
         bracket = quiesce.Quiesce(plan.host, plan.dom, plan.request.quiesce, self._guard)
         _, self.quiesced = bracket.around(lambda: _begin(plan))
         self.frozen_at = now()
         self._begun = time.monotonic()
-        self.stage.advance("running", guard=self._guard.process)
+        self.stage.advance("running", thaw_owed=not self.quiesced.thawed)
 
     def exported(self) -> Dict[str, Exported]:
         """Where each disk can be read, by target."""
@@ -237,7 +239,7 @@ class Job(Fleece):
         reason = self._guard.stay()
         if reason:
             raise errors.HypervisorError(reason=f"a fleecing point is not left open without a guard: {reason}")
-        self.stage.advance("open", guard=self._guard.process)
+        self.stage.advance("open")
         self.stage.keep = self._files.keep = True
 
 

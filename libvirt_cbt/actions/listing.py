@@ -23,10 +23,10 @@ def show(session: Session, domain_name: str, *, at: str = "latest") -> results.L
 
 
 def _listing(kept: store.DomainStore, chosen: List[manifest.Manifest]) -> results.Listing:
-    return results.Listing(domain=kept.name, uuid=kept.uuid, generations=[_generation(m) for m in chosen])
+    return results.Listing(domain=kept.name, uuid=kept.uuid, generations=[_generation(kept, m) for m in chosen])
 
 
-def _generation(made: manifest.Manifest) -> results.Generation:
+def _generation(kept: store.DomainStore, made: manifest.Manifest) -> results.Generation:
     return results.Generation(
         generation=made.generation,
         id=made.id,
@@ -35,4 +35,5 @@ def _generation(made: manifest.Manifest) -> results.Generation:
         consistent=made.quiesce.result == "frozen",
         disks=[recording.disk_result(d) for d in made.disks],
         unprotected=recording.unprotected_result(made.unprotected),
+        protected=kept.protected(made.id),
     )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Final, List, Optional, Tuple
 
 import libvirt_cbt
-from libvirt_cbt import names
+from libvirt_cbt import durable, names
 from libvirt_cbt.actions import fleecing, results
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.pulling import Read
+from libvirt_cbt.hypervisor import defining
 from libvirt_cbt.nbdio import copy, qcow2
 from libvirt_cbt.repository import manifest
+
+MOST_VARIABLES: Final = 128 << 20  # bytes; ARM's firmware has 64 MiB
 
 
 def recorded(fleece: Fleece, reads: Dict[str, Read]) -> Tuple[manifest.Manifest, manifest.Layers]:
@@ -20,6 +23,8 @@ def recorded(fleece: Fleece, reads: Dict[str, Read]) -> Tuple[manifest.Manifest,
     plan = fleece.plan
     files = {"domain.xml": fleece.stage.add("domain.xml", plan.dom.xml.encode())}
     modes = {d.mode for d in plan.disks if d.copy != copy.NOTHING}
+    if modes:
+        files.update(_variables(fleece))
     made = manifest.Manifest(
         id=plan.intent.id,
         repository=plan.intent.repository,
@@ -45,6 +50,23 @@ def recorded(fleece: Fleece, reads: Dict[str, Read]) -> Tuple[manifest.Manifest,
     )
     entries = {target: read.layer for target, read in reads.items() if read.layer}
     return made, manifest.Layers(backup=plan.intent.id, disks=entries)
+
+
+def _variables(fleece: Fleece) -> Dict[str, str]:
+    """The UEFI variables as a file of the generation.
+
+    No bitmap and no freeze covers them: they are as they were a little after the disks.
+    """
+    path = defining.nvram(fleece.plan.dom.xml)
+    if path is None:
+        return {}
+    try:
+        data = durable.read(path, MOST_VARIABLES)
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else str(e)
+        fleece.warnings.append(f"the UEFI variables are not in this backup: {path}: {reason}")
+        return {}
+    return {"nvram": fleece.stage.add("nvram", data)}
 
 
 def _disk(fleece: Fleece, plan: DiskPlan, read: Read) -> manifest.ManifestDisk:

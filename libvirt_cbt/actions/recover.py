@@ -18,7 +18,7 @@ from libvirt_cbt.repository import manifest, staging, store
 
 def recover(session: Session, domain_name: str) -> results.Recover:
     """Cleans up after dead runs of one domain.  Errors: NotInRepository, RepositoryBusy, NoHypervisor."""
-    kept = session.stored(domain_name)
+    kept = session.live(domain_name)
     with kept.lock():
         done, left = reconcile(session, kept)
         done += retire(session, kept)
@@ -58,8 +58,9 @@ def _reconciled(session: Session, kept: store.DomainStore, leftover: store.Lefto
     intent = leftover.intent
     done: List[str] = []
     if intent is not None:
-        if intent.host != session.host.hostname or intent.tool_host != socket.gethostname():
-            raise _Left(f"is of a run on {intent.tool_host} for a guest of {intent.host}; run recover there")
+        require_here(session, intent)
+        if intent.phase == "committing":
+            return committed(session, kept, intent)
         if intent.phase == "open" and job.exporting(session.host, kept.uuid, intent.socket):
             raise errors.PointOpen(domain=names.printable(kept.name), since=intent.started)
         done = _undo(session, intent)
@@ -70,10 +71,28 @@ def _reconciled(session: Session, kept: store.DomainStore, leftover: store.Lefto
     return [*done, f"removed staging {leftover.id}"]
 
 
+def require_here(session: Session, intent: manifest.Intent) -> None:
+    """What an intent says was done is looked for where it was done: elsewhere it would seem to have gone.
+
+    Errors: MadeElsewhere.
+    """
+    here = (session.host.hostname, socket.gethostname(), session.host.uri)
+    if (intent.host, intent.tool_host, intent.uri) != here:
+        raise errors.MadeElsewhere(id=intent.id, tool_host=intent.tool_host, host=intent.host, uri=intent.uri)
+
+
+def committed(session: Session, kept: store.DomainStore, intent: manifest.Intent) -> List[str]:
+    """Publishes the generation of an open point whose readers are done.  Errors: HypervisorError; then it waits."""
+    job.end(session.host, kept.uuid, intent.socket)
+    done = _let_go(session, intent)
+    done += [f"removed {path}" for path in scratch.remove(places(intent))]
+    staging.Staging(kept, intent).commit()
+    return [*done, f"committed generation {kept.generations()[-1].generation}"]
+
+
 def give_up(session: Session, kept: store.DomainStore, intent: manifest.Intent) -> None:
     """Undoes a fleecing point that was left open; what cannot be done now (the guest is off) the next run does."""
-    stage = staging.Staging(kept, intent)
-    stage.advance("running")
+    staging.Staging(kept, intent).advance("running")
     try:
         _undo(session, intent)
     except errors.CbtError as e:
@@ -84,14 +103,6 @@ def give_up(session: Session, kept: store.DomainStore, intent: manifest.Intent) 
             kept.discard(leftover)
 
 
-def end_guard(intent: manifest.Intent) -> List[str]:
-    """Ends the guard process of a run that is over, known by pid, start time and boot."""
-    known = intent.guard if intent.boot_id == processes.boot_id() else None
-    if known and processes.kill(processes.Process(known.pid, known.started)):
-        return [f"ended guard process {known.pid}"]
-    return []
-
-
 def places(intent: manifest.Intent) -> scratch.Places:
     return scratch.Places(intent.run_dir, intent.socket, intent.scratch_dir, dict(intent.scratch))
 
@@ -99,23 +110,39 @@ def places(intent: manifest.Intent) -> scratch.Places:
 def _undo(session: Session, intent: manifest.Intent) -> List[str]:
     host = session.host
     uuid = names.DomainUuid(intent.domain.uuid)
-    # What a guard would still do is done here; a late thaw of its own could hit the next freeze.
-    done = end_guard(intent)
+    done: List[str] = []
     try:
-        if intent.phase == "freezing":
-            done += quiesce.thaw(host, uuid)
         if job.end(host, uuid, intent.socket):
             done.append(f"ended backup job {intent.id}")
-        slowed = pace.restore(host, uuid, pace.group(intent.socket))
-        if slowed:
-            done.append(f"took the limits of {', '.join(slowed)} away")
         if intent.images:
             done += offline.withdraw(host, intent)
         elif removed(host, uuid, intent.checkpoint):
             done.append(f"removed checkpoint {intent.checkpoint}")
+        done += _let_go(session, intent)
     except errors.NoSuchDomain:
-        pass  # undefined meanwhile, and its checkpoints with it
+        done += _end_guard(intent)  # undefined meanwhile, and its checkpoints with it
     return done + [f"removed {path}" for path in scratch.remove(places(intent))]
+
+
+def _let_go(session: Session, intent: manifest.Intent) -> List[str]:
+    """The guest is as it was: thawed, unlimited, unguarded.  Errors: HypervisorError while it may be frozen.
+
+    A guard is ended only when nothing is left for it to do; a late thaw of its own could hit the next freeze.
+    """
+    host = session.host
+    uuid = names.DomainUuid(intent.domain.uuid)
+    slowed = pace.restore(host, uuid, pace.group(intent.socket))
+    done = [f"took the limits of {', '.join(slowed)} away"] if slowed else []
+    if intent.thaw_owed:
+        done += quiesce.thaw(host, uuid)
+    return done + _end_guard(intent)
+
+
+def _end_guard(intent: manifest.Intent) -> List[str]:
+    known = intent.guard if intent.boot_id == processes.boot_id() else None
+    if known and processes.kill(processes.Process(known.pid, known.started)):
+        return [f"ended guard process {known.pid}"]
+    return []
 
 
 def retire(session: Session, kept: store.DomainStore) -> List[str]:

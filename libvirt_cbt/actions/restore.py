@@ -1,47 +1,80 @@
-"""Writes a backup's disks as images that stand alone; needs neither libvirt nor the domain."""
+"""Writes a backup's disks as images that stand alone, or to where they are wanted.
+
+Neither libvirt nor the domain is needed, unless a domain is to be made of them.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import ExitStack, contextmanager
-from typing import Collection, Iterator, List, Optional
+from typing import TYPE_CHECKING, Collection, ContextManager, Iterator, List, Mapping, Optional
 
-from libvirt_cbt import errors, extents, places, points, processes
-from libvirt_cbt.actions import reading, recording, results
+from libvirt_cbt import durable, errors, places, points, processes
+from libvirt_cbt.actions import reading, recording, results, writing
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.nbdio import check, qcow2, server
+from libvirt_cbt.nbdio import check, qcow2, server, targets
 from libvirt_cbt.nbdio.lanes import Options
-from libvirt_cbt.repository import manifest, npy, plan, store
+from libvirt_cbt.repository import manifest, pins, store
+
+if TYPE_CHECKING:
+    from libvirt_cbt.actions import defining
 
 
 def restore(
     session: Session,
     domain_name: str,
-    output: str,
+    output: Optional[str] = None,
     *,
     at: str = "latest",
     disks: Collection[str] = (),
     fmt: str = "raw",
+    to: Optional[Mapping[str, str]] = None,
+    salvage: bool = False,
+    define: Optional[str] = None,
+    start: bool = False,
+    same_identity: bool = False,
     options: Optional[Options] = None,
 ) -> results.Restore:
     """Writes `output`/<target>.<fmt> for every disk of the generation that has data, or for `disks`.
 
-    Every byte is read against its digest, and an image gets its name only when it is whole.  `fmt` is raw or qcow2.
-    Errors: NotInRepository, NoSuchBackup, NoSuchDisk, TargetExists, Damaged, OutputFailed.
+    Every byte is read against its digest, and the images get their names when all of them are whole.  `fmt` is raw or
+    qcow2.  `to` names other places by target: a block device, nbd+unix:///EXPORT?socket=PATH, or "-" for standard
+    output, which one disk may have; what was there is overwritten.  Without `output` only those disks are restored.
+    With `salvage` damage is no error: it is left as zeroes and listed in the result.  `define` makes a domain of that
+    name from the images, which with `start` is started; it has another UUID and MAC addresses unless `same_identity`.
+    Errors: NotInRepository, NoSuchBackup, NoSuchDisk, TargetExists, Damaged, OutputFailed; with `define` IdentityTaken,
+    HypervisorError.
     """
     begun = time.monotonic()
-    if fmt not in ("raw", "qcow2"):
-        raise errors.Usage(reason=f"the format is raw or qcow2, not '{fmt}'")
+    to = dict(to or {})
+    _require_sense(output, disks, fmt, to, define=define, start=start, same_identity=same_identity)
     kept = session.stored(domain_name)
     generation = reading.with_data(kept, points.at(at))
-    wanted = [(d, os.path.join(output, f"{d.target}.{fmt}")) for d in reading.chosen(kept, generation, disks)]
-    _prepare(output, [path for _, path in wanted])
-    files = []
-    for disk, path in wanted:
-        with _part(path) as part:
-            _restore_disk(session, kept, generation, disk, part, fmt, options or Options())
-        files.append(results.RestoredFile(disk.target, path, disk.capacity))
+    wanted = reading.chosen(kept, generation, [*disks, *to] if disks or not output else ())
+    for target in to:
+        reading.chosen(kept, generation, [target])
+    paths = {d.target: os.path.join(output, f"{d.target}.{fmt}") for d in wanted if output and d.target not in to}
+    domain = _defining(session, kept, generation, define, wanted, same_identity=same_identity) if define else None
+    if output:
+        _prepare(output, list(paths.values()))
+    if domain:
+        domain.require_free(os.path.abspath(output or ""))
+    lost: Optional[List[results.Lost]] = [] if salvage else None
+    with ExitStack() as stack:
+        stack.enter_context(pins.reading(kept, generation.id, [d.target for d in wanted], session.watch.stop))
+        parts = {target: stack.enter_context(_part(path)) for target, path in paths.items()}
+        for disk in wanted:
+            with _output(session, disk, to.get(disk.target), parts.get(disk.target, ""), fmt) as where:
+                writing.write(
+                    session, kept, generation, disk, where, options or Options(),
+                    ordered=where.put is not None, salvaged=lost,
+                )  # fmt: skip
+    files = [
+        results.RestoredFile(d.target, to.get(d.target) or os.path.abspath(paths[d.target]), d.capacity) for d in wanted
+    ]
+    made, warnings = domain.finish(files, os.path.abspath(output or ""), fmt, start=start) if domain else (None, [])
     return results.Restore(
         domain=kept.name,
         backup=generation.id,
@@ -49,7 +82,49 @@ def restore(
         files=files,
         unprotected=recording.unprotected_result(generation.unprotected),
         seconds=round(time.monotonic() - begun, 3),
+        damage=lost or [],
+        defined=made,
+        warnings=warnings,
     )
+
+
+def _require_sense(
+    output: Optional[str],
+    disks: Collection[str],
+    fmt: str,
+    to: Mapping[str, str],
+    *,
+    define: Optional[str],
+    start: bool,
+    same_identity: bool,
+) -> None:
+    """Errors: Usage."""
+    if fmt not in ("raw", "qcow2"):
+        raise errors.Usage(reason=f"the format is raw or qcow2, not '{fmt}'")
+    if not output and not to:
+        raise errors.Usage(reason="say where to: --output DIR, or --to DISK=PLACE")
+    if disks and not output:
+        raise errors.Usage(reason="--disk goes with --output DIR; --to DISK=PLACE names the disk itself")
+    if [targets.parse(place) for place in to.values()].count("stdout") > 1:
+        raise errors.Usage(reason="standard output takes one disk")
+    if (start or same_identity) and not define:
+        raise errors.Usage(reason="--start and --same-identity go with --define NAME")
+    if define and (to or not output):
+        raise errors.Usage(reason="--define makes a domain of the images in --output DIR, and of nothing else")
+
+
+def _defining(
+    session: Session,
+    kept: store.DomainStore,
+    generation: manifest.Manifest,
+    name: str,
+    wanted: List[manifest.ManifestDisk],
+    *,
+    same_identity: bool,
+) -> defining.Defining:
+    from libvirt_cbt.actions import defining  # restoring needs no libvirt
+
+    return defining.Defining(session, kept, generation, name, wanted, same_identity=same_identity)
 
 
 def _prepare(output: str, paths: List[str]) -> None:
@@ -73,11 +148,7 @@ def _part(path: str) -> Iterator[str]:
         raise errors.OutputFailed(path=part, reason=e.strerror) from None
     try:
         yield part
-        fd = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        durable.sync_file(part)
         try:
             os.link(part, path)  # unlike rename it fails when somebody made the file meanwhile
         except FileExistsError:
@@ -97,62 +168,28 @@ def _sweep(path: str) -> None:
             os.unlink(entry.path)
 
 
-def _restore_disk(
-    session: Session,
-    kept: store.DomainStore,
-    generation: manifest.Manifest,
-    disk: manifest.ManifestDisk,
-    part: str,
-    fmt: str,
-    options: Options,
-) -> None:
-    chain = kept.chain(generation.id, disk.target)
-
-    def damaged(read: check.Read, reason: str) -> None:
-        where = f"{reason} at offset {read.offset}, length {read.length}"
-        raise errors.Damaged(path=chain[read.layer].layer, reason=where)
-
-    # What newer layers hide is not read: a little less than this.
-    expected = min(disk.capacity, sum(kept.require(link.backup).require(disk.target).data_bytes for link in chain))
-    with ExitStack() as stack:
-        readers = [stack.enter_context(npy.Reader(link.contents, extents.CONTENT, link.digest)) for link in chain]
-        for link in chain:
-            if not os.path.isfile(link.layer):
-                raise errors.Damaged(path=link.layer, reason="the layer is missing")
-        run_dir = stack.enter_context(server.run_dir(places.run_root()))
-        endpoints = stack.enter_context(_layers([link.layer for link in chain], run_dir))
-        output = stack.enter_context(_output(part, fmt, disk.capacity, run_dir))
-        check.check(
-            disk.target,
-            endpoints,
-            (check.Read(r.layer, r.offset, r.length, r.digest, r.keep) for r in plan.restore(readers, disk.capacity)),
-            output,
-            options,
-            damaged=damaged,
-            progress=lambda target, done: session.watch.progress(target, done, max(expected, done)),
-            stop=session.watch.stop,
-        )
+def _output(
+    session: Session, disk: manifest.ManifestDisk, place: Optional[str], part: str, fmt: str
+) -> ContextManager[check.Output]:
+    if not place:
+        return image(part, fmt, disk.capacity)
+    kind = targets.parse(place)
+    if kind == "stdout":
+        sys.stdout.flush()
+        return targets.stream(sys.stdout.fileno(), disk.capacity, session.watch.stop)
+    if kind == "nbd":
+        return targets.nbd(place, disk.capacity, session.watch.stop)
+    return targets.device(place, disk.capacity)
 
 
 @contextmanager
-def _layers(paths: List[str], run_dir: str) -> Iterator[List[server.Endpoint]]:
-    """The layers of a chain; a storage daemon that cannot open one means that it is damaged."""
-    with ExitStack() as stack:
-        try:
-            endpoints = stack.enter_context(server.layers(paths, run_dir))
-        except errors.ToolFailed as e:
-            server.require_open(paths)
-            raise e from None
-        yield endpoints
-
-
-@contextmanager
-def _output(part: str, fmt: str, capacity: int, run_dir: str) -> Iterator[check.Output]:
+def image(path: str, fmt: str, capacity: int) -> Iterator[check.Output]:
+    """An existing, empty file as an image of `capacity` bytes."""
     if fmt == "raw":
-        with open(part, "r+b", buffering=0) as file:
+        with open(path, "r+b", buffering=0) as file:
             os.truncate(file.fileno(), capacity)
-            yield check.Output(part, fd=file.fileno())
+            yield check.Output(path, fd=file.fileno())
         return
-    qcow2.create_image(part, capacity)
-    with server.image(part, "qcow2", run_dir) as endpoint:
-        yield check.Output(part, endpoint=endpoint)
+    qcow2.create_image(path, capacity)
+    with server.run_dir(places.run_root()) as run_dir, server.image(path, "qcow2", run_dir) as endpoint:
+        yield check.Output(path, endpoint=endpoint)

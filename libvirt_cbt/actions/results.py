@@ -107,6 +107,7 @@ class Generation:
     consistent: bool
     disks: List[BackupDisk]
     unprotected: List[Unprotected] = field(default_factory=list)
+    protected: bool = False  # from prune
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,66 @@ class RestoredFile:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """A stretch of a restored disk that was left as zeroes, and the backup whose layer is damaged there."""
+
+    target: str
+    offset: int
+    length: int
+    backup: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Defined:
+    name: str
+    uuid: str
+    started: bool
+    nvram: Optional[str]
+
+
+@dataclass(frozen=True)
 class Restore:
+    """`damage` is empty unless damaged data was to be salvaged; `defined` is the domain that was made of the images."""
+
     domain: str
     backup: str
     generation: int
     files: List[RestoredFile]
     unprotected: List[Unprotected]
     seconds: float
+    damage: List[Lost] = field(default_factory=list)
+    defined: Optional[Defined] = None
+    warnings: List[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BootedDisk:
+    target: str
+    overlay: str
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Boot:
+    """`seconds` until it ran; `agent_seconds` until its agent answered, None when it did not or none was waited for."""
+
+    domain: str
+    backup: str
+    generation: int
+    name: str
+    uuid: str
+    folder: str
+    disks: List[BootedDisk]
+    seconds: float
+    agent_seconds: Optional[float]
+    warnings: List[str]
+
+
+@dataclass(frozen=True)
+class Discard:
+    name: str
+    removed: List[str]
 
 
 @dataclass(frozen=True)
@@ -301,3 +355,147 @@ class Serve:
     sockets: List[str]
     disks: List[ServedDisk]
     unprotected: List[Unprotected]
+
+
+@dataclass(frozen=True)
+class LastVerify:
+    """The last verification of a whole domain; `newest` is the newest generation that it has seen."""
+
+    time: str
+    age_seconds: Optional[float]
+    newest: int
+    backups: int
+    checked_bytes: int
+    damage: int
+
+
+@dataclass(frozen=True)
+class ReportGeneration:
+    """As it is now: `data` tells a backup from a mark; `held_bytes` is what its files take on disk."""
+
+    generation: int
+    id: str
+    kind: str
+    time: str
+    seconds: Optional[float]
+    data: bool
+    protected: bool
+    consistent: bool
+    quiesce: Quiesced
+    dirty_bytes: int
+    stored_bytes: int
+    held_bytes: int
+    disks: List[BackupDisk]
+    unprotected: List[Unprotected]
+    warnings: List[str]
+
+
+@dataclass(frozen=True)
+class ReportDisk:
+    """`since` is the oldest generation from which changes are known; what damage hides is None."""
+
+    target: str
+    capacity: int
+    lineage: str
+    since: Optional[int]
+    granularity: Optional[int]
+    chain: Optional[int]  # layers
+    heatmap: Optional[Heatmap]
+
+
+@dataclass(frozen=True)
+class ReportDay:
+    day: str
+    backups: int
+    marks: int
+
+
+@dataclass(frozen=True)
+class ReportDomain:
+    """`oldest`, `newest` and the age are of backups that hold data; `attention` are sentences."""
+
+    domain: str
+    uuid: str
+    unreadable: Optional[str]
+    backups: int
+    marks: int
+    held_bytes: int
+    oldest: Optional[str]
+    newest: Optional[str]
+    age_seconds: Optional[float]
+    usual_gap_seconds: Optional[float]
+    verified: Optional[LastVerify]
+    attention: List[str]
+    disks: List[ReportDisk]
+    days: List[ReportDay]
+    generations: List[ReportGeneration]
+
+
+@dataclass(frozen=True)
+class Report:
+    """`total_bytes` and `free_bytes` are of the file system that the repository lies on."""
+
+    repository: str
+    id: str
+    time: str
+    total_bytes: int
+    free_bytes: int
+    domains: List[ReportDomain]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """`reasons` are the rules that keep it."""
+
+    generation: int
+    id: str
+    reasons: List[str]
+
+
+@dataclass(frozen=True)
+class Removed:
+    generation: int
+    id: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A removed backup's disk that became one with a newer backup's; bytes of data written, in a dry run at most."""
+
+    target: str
+    backup: str
+    into: str
+    written_bytes: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What could not be done, with the error's sentence, kind and exit code; `target` None: a generation to forget."""
+
+    backup: str
+    target: Optional[str]
+    reason: str
+    kind: str
+    code: int
+
+
+@dataclass(frozen=True)
+class Prune:
+    domain: str
+    uuid: str
+    kept: List[Kept]
+    removed: List[Removed]
+    merged: List[Merged]
+    forgotten: List[str]
+    skipped: List[Skipped]
+    freed_bytes: int
+    seconds: float
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Protection:
+    domain: str
+    backup: str
+    generation: int
+    protected: bool

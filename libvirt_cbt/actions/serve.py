@@ -10,7 +10,7 @@ from libvirt_cbt import errors, extents, points
 from libvirt_cbt.actions import reading, recording, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import serving
-from libvirt_cbt.repository import changes, manifest, store, union
+from libvirt_cbt.repository import changes, manifest, pins, store, union
 
 
 class Served:
@@ -57,11 +57,11 @@ def serve(
     if base is not None:
         _require_older(kept, base, generation)
     spans = [_span(kept, base, generation, disk) for disk in chosen]
-    exports = [_export(session, kept, generation, disk, span) for disk, span in zip(chosen, spans)]
     path = os.path.abspath(socket)
-    # Here a pin on the chains is taken, for as long as they are served, once layers can be taken away or changed.
-    with serving.serving(exports, path, session.watch.stop) as server:
-        yield Served(session, _result(kept, generation, spans, path, server), server)
+    with pins.reading(kept, generation.id, [disk.target for disk in chosen], session.watch.stop):
+        exports = [_export(session, kept, generation, disk, span) for disk, span in zip(chosen, spans)]
+        with serving.serving(exports, path, session.watch.stop) as server:
+            yield Served(session, _result(kept, generation, spans, path, server), server)
 
 
 def _span(

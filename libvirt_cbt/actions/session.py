@@ -88,6 +88,15 @@ class Session:
                 self._repository = store.Repository.init(self.path)
         return self._repository
 
+    def live(self, domain: str) -> store.DomainStore:
+        """As `stored`, for what concerns the guest itself: libvirt is asked first, as a name may be another's by now."""
+        repository = self.repository()
+        try:
+            uuid = self.host.find(domain)
+        except errors.NoSuchDomain:
+            return self.stored(domain)
+        return repository.domain(uuid) if repository.has(uuid) else self.stored(domain)
+
     def stored(self, domain: str) -> store.DomainStore:
         """What the repository holds of a domain, given by name, UUID, or libvirt's id; libvirt is asked last."""
         repository = self.repository()

@@ -12,7 +12,7 @@ from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import check, server
 from libvirt_cbt.nbdio.lanes import Options
-from libvirt_cbt.repository import manifest, npy, plan, store
+from libvirt_cbt.repository import manifest, npy, pins, plan, store, verified
 
 
 def verify(
@@ -31,10 +31,20 @@ def verify(
     for generation in kept.generations():
         if wanted is not None and generation.id not in wanted:
             continue
+        # Each by itself: a prune may go on with the others.
+        try:
+            with pins.one(kept, generation.id, session.watch.stop):
+                seen.files(generation)
+                for target, entry in seen.layers(generation):
+                    total += _layer(session, generation, target, entry, seen, options or Options())
+        except errors.Damaged:
+            if os.path.lexists(kept.directory(generation.id)):
+                raise
+            continue  # a prune forgot it meanwhile
         count += 1
-        seen.files(generation)
-        for target, entry in seen.layers(generation):
-            total += _layer(session, generation, target, entry, seen, options or Options())
+    unnoted = verified.record(kept, backups=count, checked_bytes=total, damage=len(seen.damage)) if at is None else None
+    if unnoted:
+        session.watch.note(unnoted)
     return results.Verify(kept.name, total, count, seen.damage, round(time.monotonic() - begun, 3))
 
 
@@ -55,7 +65,8 @@ class _Findings:
         self._parents: Dict[str, Set[str]] = {}
         for generation in kept.generations():
             try:
-                entries = kept.layers(generation.id).disks.values()
+                layers = kept.layers(generation.id)
+                entries = [*layers.disks.values(), *layers.below.values()]
                 self._parents[generation.id] = {e.parent for e in entries if e.parent}
             except errors.Damaged:
                 self._parents[generation.id] = {d.parent for d in generation.disks if d.parent}
@@ -92,14 +103,14 @@ class _Findings:
 
     def layers(self, generation: manifest.Manifest) -> List[tuple[str, manifest.LayerEntry]]:
         try:
-            entries = self._kept.layers(generation.id).disks
+            layers = self._kept.layers(generation.id)
         except errors.Damaged as e:
             self.add(generation.id, None, str(e))
             return []
         for disk in generation.disks:
-            if disk.mode != "mark" and disk.target not in entries:
+            if disk.mode != "mark" and disk.target not in {**layers.disks, **dict.fromkeys(layers.removed)}:
                 self.add(generation.id, disk.target, "layers.json does not name its layer")
-        return [(t, entries[t]) for t in sorted(entries)]
+        return sorted({**layers.disks, **layers.below}.items())
 
     def place(self, generation: manifest.Manifest, name: str) -> str:
         return os.path.join(self._kept.directory(generation.id), name)

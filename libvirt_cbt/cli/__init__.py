@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import json
+import os
+import sys
 from typing import Any, Dict, Final, List, Optional
 
 import click
 
 import libvirt_cbt
+from libvirt_cbt import errors
 from libvirt_cbt.cli import output
 
 COMMANDS: Final[Dict[str, str]] = {
@@ -23,11 +28,21 @@ COMMANDS: Final[Dict[str, str]] = {
     "changed": "which blocks changed between two generations",
     "heatmap": "which regions of a disk change how often",
     "restore": "write a backup's disks as images",
+    "boot": "run a domain at once from a backup",
     "serve": "show a backup over NBD, with what changed since an older one",
     "verify": "re-read and re-hash what is stored",
+    "report": "what is kept and how it fares, as one page",
+    "prune": "remove old backups by rules; the others stay as they are",
+    "protect": "keep a backup whatever the rules say",
+    "unprotect": "let the rules hold for it again",
     "recover": "put right what a crash left; safe to repeat",
     "untrack": "take our checkpoints off a domain",
 }
+COLLECT_AFTER: Final = 50_000  # objects: some MB at most, if all of them were garbage
+
+# numpy's BLAS, which nothing here uses, starts a thread for each processor (30 ms, and memory for each); pydantic reads
+# the metadata of every package that is installed to find plugins (25 ms).  docs/performance.md
+CHEAP_IMPORTS: Final = {"OPENBLAS_NUM_THREADS": "1", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
 
 
 class _Lazy(click.Group):
@@ -72,13 +87,31 @@ def group(
     ctx.obj = output.Settings(uri=uri, repository=repository, json=as_json, quiet=quiet, verbose=verbose)
 
 
+def _misused(error: click.ClickException, argv: List[str]) -> int:
+    """A command line that makes no sense: one sentence, and with --json the document."""
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "libvirt-cbt"
+    found = errors.Usage(reason=f"{error.format_message().rstrip('.')}; `{where} --help` shows examples")
+    print(f"libvirt-cbt: {found}", file=sys.stderr)
+    if "--json" in argv:
+        print(json.dumps(output.document([], found), ensure_ascii=False))
+    return found.code
+
+
 def main(argv: Optional[List[str]] = None) -> Any:
     """Runs one command and exits with its code; docs/exit-codes.md is the table."""
-    raise SystemExit(run(argv))
+    # Imports make hundreds of thousands of objects and no garbage: looked through 5 times instead of 500 times.
+    gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
+    code = run(argv)
+    gc.freeze()  # nor once more at the end
+    raise SystemExit(code)
 
 
 def run(argv: Optional[List[str]] = None) -> int:
     """As `main`, but the exit code is returned."""
+    # Before numpy and pydantic are imported; the processes of ours that start later inherit it.
+    for variable, value in CHEAP_IMPORTS.items():
+        os.environ.setdefault(variable, value)
     try:
         group.main(args=argv, prog_name="libvirt-cbt", standalone_mode=False)
     except click.exceptions.Exit as e:
@@ -86,8 +119,7 @@ def run(argv: Optional[List[str]] = None) -> int:
     except click.Abort:
         return 130
     except click.ClickException as e:
-        e.show()
-        return 2
+        return _misused(e, sys.argv[1:] if argv is None else argv)
     except SystemExit as e:
         return int(e.code or 0)
     except BrokenPipeError:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, List, Tuple
 import click
 
 import libvirt_cbt
-from libvirt_cbt import errors
 from libvirt_cbt.cli import copying, output
 
 if TYPE_CHECKING:
@@ -62,7 +61,9 @@ def command(settings: output.Settings, /, domains: Tuple[str, ...], every: bool,
 
     jobs = [partial(_one, domain, options) for domain in domains]
     if every:
-        jobs = [partial(_one, domain, options) for domain in _running(settings)]
+        from libvirt_cbt.actions import running
+
+        jobs = [partial(_one, domain, options) for domain in output.listed(settings, running.running)]
     output.run(settings, jobs, show, always=True)
     if strict and any(warned):
         raise SystemExit(3)
@@ -71,16 +72,6 @@ def command(settings: output.Settings, /, domains: Tuple[str, ...], every: bool,
 def _one(domain: str, options: Any, session: Any) -> results.Backup:
     arguments = dict(options)
     return libvirt_cbt.backup(session, domain, options=copying.taken(arguments), **arguments)
-
-
-def _running(settings: output.Settings) -> List[str]:
-    from libvirt_cbt.actions import running
-
-    try:
-        with libvirt_cbt.Session(settings.uri, settings.repository) as session:
-            return running.running(session)
-    except errors.CbtError as e:
-        output.fail(settings, e)
 
 
 def _show(made: results.Backup) -> None:

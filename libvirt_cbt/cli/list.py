@@ -27,7 +27,7 @@ def show(found: results.Listing) -> None:
         (
             f"  {g.generation}",
             g.id,
-            g.kind,
+            g.kind + (" (protected)" if g.protected else ""),
             g.time,
             "yes" if g.consistent else "no",
             output.size(sum(d.dirty_bytes for d in g.disks)),

@@ -109,6 +109,17 @@ def _ended(job: Callable[[Session], Any], session: Session, watch: Watch) -> Lis
     return found if isinstance(found, list) else [found]
 
 
+def listed(settings: Settings, ask: Callable[[Session], Sequence[str]]) -> List[str]:
+    """Which domains a command is for, where none is named; one that cannot be done then does not stop the others."""
+    from libvirt_cbt.actions.session import Session
+
+    try:
+        with Session(settings.uri, settings.repository) as session:
+            return list(ask(session))
+    except errors.CbtError as e:
+        fail(settings, e)
+
+
 def fail(settings: Settings, error: errors.CbtError) -> NoReturn:
     """Ends a command that could not begin."""
     print(f"libvirt-cbt: {error}", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, List, Optional
+from functools import partial
+from typing import TYPE_CHECKING, Any, Optional
 
 import click
 
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(settings: output.Settings, domain: Optional[str]) -> None:
     """Put right what a crash left: jobs, checkpoints, scratch, sockets, staging. Safe to repeat."""
+    wanted = [domain] if domain else output.listed(settings, lambda s: s.repository().uuids())
+    output.run(settings, [partial(_one, one) for one in wanted], _show)
 
-    def job(session: libvirt_cbt.Session) -> List[results.Recover]:
-        wanted = [domain] if domain else session.repository().uuids()
-        return [libvirt_cbt.recover(session, one) for one in wanted]
 
-    output.run(settings, [job], _show)
+def _one(domain: str, session: Any) -> results.Recover:
+    return libvirt_cbt.recover(session, domain)
 
 
 def _show(found: results.Recover) -> None:

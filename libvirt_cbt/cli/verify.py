@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, List, Optional
 
 import click
 
 import libvirt_cbt
 from libvirt_cbt import errors
-from libvirt_cbt.cli import output
+from libvirt_cbt.cli import copying, output
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions import results
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 @click.command(epilog="\b\nExamples:\n  libvirt-cbt -r /backups verify\n  libvirt-cbt -r /backups verify web1 --at 3")
 @click.argument("domain", required=False)
 @click.option("--at", metavar="P", help="Only this generation and what it depends on.")
+@copying.options
 @click.pass_obj
-def command(settings: output.Settings, domain: Optional[str], at: Optional[str]) -> None:
+def command(settings: output.Settings, /, domain: Optional[str], at: Optional[str], **options: Any) -> None:
     """Re-read and re-hash what is stored. Exits 16 when something is damaged."""
     if at and not domain:
         raise click.UsageError("--at goes with a domain")
@@ -29,11 +31,11 @@ def command(settings: output.Settings, domain: Optional[str], at: Optional[str])
         if not settings.json:
             _show(found)
 
-    def job(session: libvirt_cbt.Session) -> List[results.Verify]:
-        wanted = [domain] if domain else [kept.uuid for kept in session.repository().domains()]
-        return [libvirt_cbt.verify(session, one, at=at) for one in wanted]
+    def one(name: str, session: libvirt_cbt.Session) -> results.Verify:
+        return libvirt_cbt.verify(session, name, at=at, options=copying.taken(dict(options)))
 
-    output.run(settings, [job], show, always=True)
+    wanted = [domain] if domain else output.listed(settings, lambda s: s.repository().uuids())
+    output.run(settings, [partial(one, name) for name in wanted], show, always=True)
     if damage:
         raise SystemExit(errors.Damaged.code)
 

@@ -27,8 +27,10 @@ def listed(
             flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
             try:
                 text = checkpoint.getXMLDesc(flags | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE if running else flags)
-            except libvirt.libvirtError:
-                text = checkpoint.getXMLDesc(flags)  # sizes cannot be had while another job runs
+            except libvirt.libvirtError as e:
+                if e.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT:
+                    raise  # somebody's job: no answer does not mean that the bitmaps are broken
+                text = checkpoint.getXMLDesc(flags)
             info = documents.checkpoint_info(text)
             found[info.name] = info
     return found

@@ -190,6 +190,8 @@ class Host:
             return errors.NoSuchDomain(domain=names.printable(domain), uri=self.uri)
         if self.lost(error):
             return errors.NoHypervisor(uri=self.uri, reason=message(error))
+        if code == libvirt.VIR_ERR_OPERATION_TIMEOUT:  # libvirt's own lock, held by somebody's job
+            return errors.DomainBusy(domain=names.printable(domain), job="a job that libvirt does not name", since="")
         return errors.HypervisorError(reason=message(error))
 
     def lost(self, error: libvirt.libvirtError) -> bool:

@@ -168,8 +168,14 @@ def _source(host: connection.Host, row: etree._Element) -> Tuple[str, str]:
         pool, volume = source.get("pool", ""), source.get("volume", "")
         return kind, host.volume_path(pool, volume) or f"{pool}/{volume}"
     if kind == "network":
-        return kind, f"{source.get('protocol', '')}:{source.get('name', '')}"
+        return kind, f"{source.get('protocol', '')}:{_hosts(source)}{source.get('name', '')}"
     return kind, source.get("file") or source.get("dev") or source.get("dir") or source.get("path") or ""
+
+
+def _hosts(source: etree._Element) -> str:
+    """Where a network disk is: the same name on two servers is two disks."""
+    hosts = [h.get("socket") or f"{h.get('name', '')}:{h.get('port', '')}" for h in source.iterfind("host")]
+    return f"//{','.join(hosts)}/" if hosts else ""
 
 
 def _unprotected(row: etree._Element, source: str) -> Optional[str]:

@@ -115,6 +115,7 @@ class Guardian:
 
     def _watch(self, socket: str, directory: str, reserve: int, speed: int) -> None:
         self._socket, self._directory, self._reserve = socket, directory, reserve
+        self._note_stopped()
         if speed:
             self._slowed(socket, speed)
         self._used_limit = max(0, scratch.room(directory) - reserve)
@@ -123,9 +124,12 @@ class Guardian:
     def _slowed(self, socket: str, speed: int) -> None:
         try:
             pace.slow(self._host, self._uuid, pace.group(socket), speed)
-            self._stopped = pace.stopped(self._host, self._uuid)
         except errors.CbtError:
             pass  # libvirt is away; the job will not begin then
+
+    def _note_stopped(self) -> None:
+        """A guest that was stopped before us is not ours to let go on."""
+        self._stopped = pace.stopped(self._host, self._uuid)
 
     def _statistics(self) -> None:
         """libvirt's own count, where the folder is not what fills up; it hangs with a stopped QEMU, so not in the loop."""

@@ -33,12 +33,16 @@ _DEFAULT_TIMEOUT: Final = libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK
 
 @dataclass(frozen=True)
 class Quiesced:
-    """What became of the freeze: `result` is frozen, failed or none; `reason` says why it is not frozen."""
+    """What became of the freeze: `result` is frozen, failed or none; `reason` says why it is not frozen.
+
+    `thawed` False: the agent did not answer the thaw, and a freeze in its queue may yet come true.
+    """
 
     requested: str
     result: str
     frozen_ms: Optional[float]
     reason: Optional[str]
+    thawed: bool = True
 
 
 class Quiesce:
@@ -68,7 +72,7 @@ class Quiesce:
         if reason and self._requested == "agent":
             raise self._refused(reason)
         state = "failed" if reason else "frozen"
-        return result, Quiesced(self._requested, state, round(seconds * 1000, 1), reason)
+        return result, Quiesced(self._requested, state, round(seconds * 1000, 1), reason, thaw.complaint is None)
 
     def _bracketed(self, transaction: Callable[[], T]) -> tuple[T, _Answer, _Answer, float]:
         dom = self._host.lookup(self._domain.uuid)
@@ -146,13 +150,21 @@ def _judge(frozen: int, thawed: int, seconds: float) -> Optional[str]:
 
 
 def thaw(host: connection.Host, uuid: names.DomainUuid) -> List[str]:
-    """Thaws a guest that a run which died may have left frozen; what was done, for people."""
+    """Thaws a guest that a run which died may have left frozen; what was done, for people.
+
+    Errors: HypervisorError when the agent of a running guest does not answer, so that it may be frozen still.
+    """
     dom = host.lookup(uuid)
     _set_timeout(dom, AGENT_SECONDS)
     try:
         count = dom.fsThaw()
-    except AGENT_ERRORS:
-        return []  # off, or without an agent: nothing is frozen by us
+    except AGENT_ERRORS as e:
+        if not domain.alive(host, uuid):
+            return []  # it is off: nothing is frozen any more
+        reason = connection.message(e) if isinstance(e, libvirt.libvirtError) else "its agent answers no text"
+        raise errors.HypervisorError(
+            reason=f"the guest may be frozen and its agent does not thaw it ({reason}); restart the agent or the guest"
+        ) from None
     finally:
         _set_timeout(dom, _DEFAULT_TIMEOUT)
     return [f"thawed {count} file systems"] if count else []

@@ -150,7 +150,7 @@ class _Audit(lanes.Lane):
 
     def advance(self) -> None:
         self._ask()
-        while self.busy < self.options.requests and self._submit_one():
+        while self.busy < self.options.requests and self.rate.wait <= 0 and self._submit_one():
             pass
         if self._position == self.disk.capacity and not self._windows:
             self._ended = True
@@ -217,6 +217,7 @@ class _Audit(lanes.Lane):
         ours[length:] = bytes(padded - length)
         theirs[stored:] = bytes(padded - stored)
         self.busy += 1
+        self.rate.spend(length)
         missing, failed = 1 + bool(stored), False
 
         def arrived() -> None:

@@ -62,19 +62,29 @@ def merge(offset: int, length: int, allocation: Sequence[int] | None, dirty: Seq
     `allocation` None: the server does not tell, all is data.  `dirty` None: no bitmap was asked for, all that is not
     zero counts as dirty.  An empty Status means that the server made no progress.
     """
-    lists = [_column(x, length) for x in (allocation, dirty) if x is not None]
+    known = [x for x in (allocation, dirty) if x is not None]
+    if known and all(len(x) == 2 and x[0] >= length for x in known):
+        # The usual answer of a large disk with few changes: one piece.
+        zero = allocation is not None and bool(allocation[1] & ZERO)
+        return _one(offset, length, zero, not zero if dirty is None else bool(dirty[1] & DIRTY))
+    lists = [_column(x, length) for x in known]
     if not lists:
         lists = [(np.array([length], np.uint64), np.array([0], np.uint64))]
     reach = min([length, *(int(ends[-1]) if len(ends) else 0 for ends, _ in lists)])
-    edges = np.unique(np.concatenate([np.minimum(ends, reach) for ends, _ in lists]))
-    edges = edges[edges > 0] if reach else edges[:0]
+    edges = np.sort(np.concatenate([np.minimum(ends, reach) for ends, _ in lists]), kind="stable")
+    edges = edges[np.append(True, edges[1:] != edges[:-1])[: len(edges)] & (edges > 0)]
     starts = np.append(np.zeros(1, np.uint64), edges[:-1]) if len(edges) else edges
-    zero = np.zeros(len(edges), np.bool_)
+    empty = np.zeros(len(edges), np.bool_)
     if allocation is not None:
-        zero = _flags(lists[0], starts) & ZERO != 0
-    marked = ~zero if dirty is None else _flags(lists[-1], starts) & DIRTY != 0
+        empty = _flags(lists[0], starts) & ZERO != 0
+    marked = ~empty if dirty is None else _flags(lists[-1], starts) & DIRTY != 0
     base = np.uint64(offset)
-    return Status(starts + base, edges + base, zero, marked)
+    return Status(starts + base, edges + base, empty, marked)
+
+
+def _one(offset: int, length: int, zero: bool, dirty: bool) -> Status:
+    low, high = np.array([[offset], [offset + length]], np.uint64)
+    return Status(low, high, np.array([zero]), np.array([dirty]))
 
 
 def mark(status: Status, extra: extents.Extents) -> Status:
@@ -97,10 +107,31 @@ def delta(status: Status) -> extents.Extents:
     if not status.dirty.any():
         return extents.empty()
     dirty = np.stack((status.start[status.dirty], status.end[status.dirty]), axis=1).ravel()
-    filled = _cells(status.start[~status.zero], status.end[~status.zero], extents.STATE_GRAIN)
-    edges = np.sort(np.concatenate((dirty, filled)), kind="stable")  # two sorted lists: the stable sort merges them
+    return _states(dirty, _cells(status.start[~status.zero], status.end[~status.zero], extents.STATE_GRAIN))
+
+
+def to_copy(status: Status, touched: Stretches | None, capacity: int) -> extents.Extents:
+    """The whole grains to store: of `touched` data and zero, of everything (None) data.  The disk's last one is cut.
+
+    A grain is data when any byte of it is.  Worked out on edges: the work follows the pieces, not the size of the disk.
+    """
+    filled = _cells(status.start[~status.zero], status.end[~status.zero], extents.GRAIN)
+    if touched is None:
+        found = extents.make(filled[::2], filled[1::2] - filled[::2], extents.DATA)
+    else:
+        found = _states(_cells(touched.start, touched.end, extents.GRAIN), filled)
+    if len(found):
+        found["length"][-1] = min(int(found["length"][-1]), capacity - int(found["offset"][-1]))
+    return found
+
+
+def _states(touched: U64, filled: U64) -> extents.Extents:
+    """What lies between the edges of `touched`, data where it lies between those of `filled`, too, and zero elsewhere."""
+    if not len(touched):
+        return extents.empty()
+    edges = np.sort(np.concatenate((touched, filled)), kind="stable")  # two sorted lists: the stable sort merges them
     begin, length = edges[:-1], np.diff(edges)
-    inside = _within(dirty, begin) & (length > 0)
+    inside = _within(touched, begin) & (length > 0)
     state = np.where(_within(filled, begin), extents.DATA, extents.ZERO)
     return extents.coalesce(extents.make(begin[inside], length[inside], state[inside]))
 

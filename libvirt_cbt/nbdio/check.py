@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Final, Iterator, List, Optional, Sequence, Tuple
 
 from libvirt_cbt import errors
 from libvirt_cbt.nbdio import client, lanes
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.nbdio.server import Endpoint
 
+ZEROES: Final = -1  # in the place of a layer's number
+
 
 @dataclass(frozen=True)
 class Read:
-    """One run of layer number `layer`; `keep` are the absolute (offset, length) pieces of it to write."""
+    """One run of layer number `layer`; `keep` are the absolute (offset, length) pieces of it to write.
+
+    With ZEROES as the layer nothing is read: zeroes are written to the pieces.
+    """
 
     layer: int
     offset: int
@@ -26,11 +31,18 @@ class Read:
 
 @dataclass(frozen=True)
 class Output:
-    """Where restored bytes go: a file descriptor of a raw image, or an NBD export."""
+    """Where restored bytes go: a file descriptor of a raw image, an NBD export, or whoever is called with each piece.
+
+    `put(piece, offset)` and `zero(offset, length)` raise OSError; with one request in flight the pieces come in the
+    order of the reads.  `old`: there is something in it already, so what is damaged must be zeroed, too.
+    """
 
     path: str
     fd: Optional[int] = None
     endpoint: Optional[Endpoint] = None
+    put: Optional[Callable[[Any, int], None]] = None
+    zero: Optional[Callable[[int, int], None]] = None
+    old: bool = False
 
 
 def check(
@@ -73,6 +85,7 @@ class _Check(lanes.Lane):
         self._sources: List[client.Connection] = []
         self._sink: Optional[client.Connection] = None
         self._exhausted = self._flushed = False
+        self._blank = bytearray()
         self.bytes = 0
 
     def open(self, stop: Callable[[], None]) -> None:
@@ -95,7 +108,7 @@ class _Check(lanes.Lane):
         return errors.NbdError(export=gone.connection.endpoint.export, reason=str(gone))
 
     def advance(self) -> None:
-        while self.busy < self.options.requests and not self._exhausted:
+        while self.busy < self.options.requests and not self._exhausted and self.rate.wait <= 0:
             read = next(self._reads, None)
             if read is None:
                 self._exhausted = True
@@ -108,11 +121,15 @@ class _Check(lanes.Lane):
                 self._sink.flush(self._written)
 
     def _submit(self, read: Read) -> None:
+        if read.layer == ZEROES:
+            self._zero(read)
+            return
         source = self._sources[read.layer]
         if read.length > lanes.LONGEST_RUN or read.offset + read.length > source.size:
-            self._damaged(read, "the layer is shorter than its contents say")
+            self._lost(read, "the layer is shorter than its contents say")
             return
         self.busy += 1
+        self.rate.spend(read.length)
         buffer = self.take(read.length)
 
         def arrived(error: int) -> None:
@@ -120,15 +137,45 @@ class _Check(lanes.Lane):
                 raise client.Lost(source, os.strerror(error))
             self.busy -= 1
             if error:
-                self._damaged(read, os.strerror(error))
+                self._lost(read, os.strerror(error))
             elif lanes.digest(buffer) != read.digest:
-                self._damaged(read, "the digest does not match")
+                self._lost(read, "the digest does not match")
             else:
                 self._write(read, buffer)
             self.bytes += read.length
             self._progress(self.target, self.bytes)
 
         source.read(buffer, read.offset, arrived)
+
+    def _lost(self, read: Read, reason: str) -> None:
+        self._damaged(read, reason)
+        if self._output and self._output.old:
+            self._zero(read)
+
+    def _zero(self, read: Read) -> None:
+        """The only requests beyond the bound of those in flight: they carry no data."""
+        assert self._output is not None
+        for start, length in read.keep:
+            if self._sink is None:
+                self._zero_file(start, length)
+                continue
+            longest = lanes.ZERO_PIECE if self._sink.can_zero else lanes.LONGEST_RUN
+            self._blank = self._blank or bytearray(0 if self._sink.can_zero else longest)
+            for offset in range(start, start + length, longest):
+                piece = min(longest, start + length - offset)
+                self.busy += 1
+                if self._sink.can_zero:
+                    self._sink.zero(piece, offset, self._written)
+                else:
+                    self._sink.write(memoryview(self._blank)[:piece], offset, self._written)
+
+    def _zero_file(self, offset: int, length: int) -> None:
+        assert self._output is not None
+        assert self._output.zero is not None
+        try:
+            self._output.zero(offset, length)
+        except OSError as e:
+            raise errors.OutputFailed(path=self._output.path, reason=e.strerror) from None
 
     def _write(self, read: Read, buffer: bytearray) -> None:
         if self._output is None or not read.keep:
@@ -155,8 +202,12 @@ class _Check(lanes.Lane):
             self._sink.write(piece, offset, written)
 
     def _write_file(self, piece: Any, offset: int) -> None:
-        assert self._output is not None and self._output.fd is not None
+        assert self._output is not None
         try:
+            if self._output.put:
+                self._output.put(piece, offset)
+                return
+            assert self._output.fd is not None
             while piece:
                 count = os.pwrite(self._output.fd, piece, offset)
                 piece, offset = piece[count:], offset + count

@@ -75,6 +75,7 @@ class Connection:
             # QEMU cuts the connection at the first unreadable sector of a reply in several chunks; of a reply that may
             # not be fragmented it says which request failed (nbd/server.c, nbd_do_cmd_read).  All we read is data.
             self._read_flags = int(nbd.CMD_FLAG_DF) if self._handle.can_df() else 0
+            self.can_zero = bool(self._handle.can_zero())
             # libnbd would let only pread_structured, and its callback for every chunk, ask for that.
             self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
             self.contexts = frozenset(c for c in contexts if self._handle.can_meta_context(c))
@@ -151,16 +152,16 @@ class Connection:
                 self._handle.aio_notify_write()
             elif events & (select.POLLERR | select.POLLNVAL | select.POLLHUP):
                 raise Lost(self, "the connection was reset")
-            if self.gone:
+            if not self._handle.aio_get_direction() and self.gone:  # asked only where nothing is awaited: two calls less
                 raise Lost(self, "the connection was closed")
         except nbd.Error as e:
             raise Lost(self, _sentence(e)) from None
 
     def interest(self) -> Tuple[int, int]:
         """(file descriptor, poll events).  Errors: Lost, when sending a request was what found the peer gone."""
-        if self.gone:
-            raise Lost(self, "the connection was closed")
         direction = self._handle.aio_get_direction()
+        if not direction and self.gone:
+            raise Lost(self, "the connection was closed")
         events = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
         return int(self._handle.aio_get_fd()), events | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
 

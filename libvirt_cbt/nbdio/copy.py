@@ -203,10 +203,11 @@ class _Disk(lanes.Lane):
         low, high = int(status.start[0]), int(status.end[-1])
         status = blockstatus.mark(status, self.pull.extra_dirty(low, high))
         dirty = blockstatus.delta(status)
-        self._dirty += extents.total(dirty)
-        joined = extents.coalesce(np.concatenate([self._tail, dirty]))
-        self.pull.delta(joined[:-1])
-        self._tail = joined[-1:]
+        if len(dirty):
+            self._dirty += extents.total(dirty)
+            joined = extents.coalesce(np.concatenate([self._tail, dirty]))
+            self.pull.delta(joined[:-1])
+            self._tail = joined[-1:]
         runs = self._to_copy(status, dirty, low, high)
         if len(runs):
             self._windows.append(_Window(runs))
@@ -214,17 +215,14 @@ class _Disk(lanes.Lane):
     def _to_copy(self, status: Status, dirty: extents.Extents, low: int, high: int) -> extents.Extents:
         if self.pull.copy == NOTHING:
             return extents.empty()
-        cells = extents.Cells(low, high, extents.GRAIN)
-        filled = ~status.zero
-        starts, lengths = status.start[filled], (status.end - status.start)[filled]
-        cells.paint(extents.make(starts, lengths, extents.DATA), extents.DATA)
+        touched = None
         if self.pull.copy == DIRTY:
-            touched = extents.Cells(low, high, extents.GRAIN)
-            touched.paint(dirty, 1)
-            touched.paint(self.pull.also(low, high), 1)
-            state = np.where(cells.values == extents.DATA, extents.DATA, extents.ZERO)
-            cells.values = np.where(touched.values != 0, state, 0).astype(np.int32)
-        return extents.split(cells.extents(self.pull.capacity), self.options.request_size)
+            also = self.pull.also(low, high)
+            if not len(dirty) and not len(also):
+                return extents.empty()
+            touched = blockstatus.covered(status, also)
+        found = blockstatus.to_copy(status, touched, self.pull.capacity)
+        return extents.split(found, self.options.request_size)
 
     # Data
 
@@ -233,15 +231,19 @@ class _Disk(lanes.Lane):
         if window is None or not self._sinks:
             return False
         row = window.next
+        reads = window.rows["state"][row] != extents.ZERO
+        if reads and self.rate.wait > 0:
+            return False
         window.next += 1
         offset, length = int(window.rows["offset"][row]), int(window.rows["length"][row])
         self.busy += 1
-        if window.rows["state"][row] == extents.ZERO:
-            self._zero += length
-            self._write_zeroes(window, offset, length)
-        else:
+        if reads:
+            self.rate.spend(length)
             self._data += length
             self._read_run(window, row, offset, length)
+        else:
+            self._zero += length
+            self._write_zeroes(window, offset, length)
         return True
 
     def _read_run(self, window: _Window, row: int, offset: int, length: int) -> None:

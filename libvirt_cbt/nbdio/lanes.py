@@ -7,11 +7,12 @@ allow and judges what has finished; the loop waits for any of them to move.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Final, List, Sequence
+from typing import Any, Callable, Dict, Final, List, Optional, Sequence
 
 import blake3
 
@@ -21,6 +22,9 @@ from libvirt_cbt.nbdio import client
 ZERO_PIECE: Final = 1 << 30  # NBD lengths have 32 bits
 POOL: Final = 64
 LONGEST_RUN: Final = 1 << 20  # of data, with one digest
+STOP_SECONDS: Final = 0.02  # how often `stop` is asked: it looks at files and pipes, a turn may take microseconds
+BURST_SECONDS: Final = 0.1  # of unused bandwidth that may be made up for
+SLOWEST: Final = extents.GRAIN  # bytes a second
 GONE: Final = (errno.ENOTCONN, errno.ESHUTDOWN, errno.EPIPE, errno.ECONNRESET)  # the server went, not the sector
 
 
@@ -28,8 +32,8 @@ GONE: Final = (errno.ENOTCONN, errno.ESHUTDOWN, errno.EPIPE, errno.ECONNRESET)  
 class Options:
     """Bounds of the copy.
 
-    Bytes a request, requests in flight a disk, connections a disk, seconds without progress, and how often the
-    connections of a disk are made again after they were cut.
+    Bytes a request, requests in flight a disk, connections a disk, seconds without progress, how often the connections
+    of a disk are made again after they were cut, and bytes a second that all disks together read (None: no limit).
     """
 
     request_size: int = 256 * 1024
@@ -37,6 +41,7 @@ class Options:
     connections: int = 1
     stall_seconds: float = 300.0
     reconnects: int = 3
+    bandwidth: Optional[int] = None
 
     def __post_init__(self) -> None:
         if not extents.GRAIN <= self.request_size <= LONGEST_RUN or self.request_size % extents.GRAIN:
@@ -45,6 +50,26 @@ class Options:
             raise errors.Usage(reason="--requests is 1 to 256 and --connections 1 to 16")
         if not 0 <= self.reconnects <= 100:
             raise errors.Usage(reason="a lost connection is made again 0 to 100 times")
+        if self.bandwidth is not None and self.bandwidth < SLOWEST:
+            raise errors.Usage(reason="--bandwidth is at least 64K, bytes a second")
+
+
+class Rate:
+    """Spreads reads over time: what is read now decides when the next read may begin."""
+
+    def __init__(self, bandwidth: Optional[int]) -> None:
+        self._bandwidth = bandwidth
+        self._free = time.monotonic()  # when all that was read so far is paid for
+
+    @property
+    def wait(self) -> float:
+        """Seconds until the next read may begin; 0 or less: now."""
+        return self._free - time.monotonic() if self._bandwidth else 0.0
+
+    def spend(self, count: int) -> None:
+        """`count` bytes are being read."""
+        if self._bandwidth:
+            self._free = max(self._free, time.monotonic() - BURST_SECONDS) + count / self._bandwidth
 
 
 class Lane(ABC):
@@ -52,6 +77,7 @@ class Lane(ABC):
 
     def __init__(self, target: str, options: Options) -> None:
         self.target, self.options = target, options
+        self.rate = Rate(options.bandwidth)  # `run` gives all its lanes one
         self.busy = 0  # slots taken
         self.moved = time.monotonic()
         self._pool: Dict[int, List[bytearray]] = {}
@@ -104,9 +130,16 @@ def close(lanes: Sequence[Lane]) -> None:
 
 def run(lanes: Sequence[Lane], stop: Callable[[], None]) -> None:
     """Turns until every lane is done.  Errors: what `stop` or a lane raises; SourceLost, SourceStalled."""
-    while True:
-        stop()
-        for lane in lanes:
+    for lane in lanes:
+        lane.rate = lanes[0].rate  # the limit is for all of them together
+    asked = 0.0
+    for number in itertools.count():
+        if time.monotonic() - asked >= STOP_SECONDS:
+            stop()
+            asked = time.monotonic()
+        # Each in its turn is the first: where the bandwidth is limited, the first one takes what there is.
+        first = number % max(len(lanes), 1)
+        for lane in (*lanes[first:], *lanes[:first]):
             _step(lane, stop)
         if all(lane.done for lane in lanes):
             return
@@ -131,8 +164,10 @@ def _step(lane: Lane, stop: Callable[[], None]) -> None:
 
 
 def _turn(lanes: Sequence[Lane], stop: Callable[[], None]) -> int:
+    wait = lanes[0].rate.wait
+    timeout = min(wait, client.TURN_SECONDS) if wait > 0 else client.TURN_SECONDS
     try:
-        return client.turn([c for lane in lanes for c in lane.connections if c.in_flight])
+        return client.turn([c for lane in lanes for c in lane.connections if c.in_flight], timeout)
     except client.Lost as gone:
         lost = client.Lost(gone.connection, str(gone))
     owner = next(lane for lane in lanes if lost.connection in lane.connections)

@@ -49,6 +49,13 @@ def create_image(path: str, size: int) -> None:
     tools.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", path, str(size)])
 
 
+def create_overlay(path: str, size: int, socket: str, export: str) -> None:
+    """An empty qcow2 image over an NBD export of `size` bytes."""
+    below = {"driver": "raw", "file": {"driver": "nbd", "server": {"type": "unix", "path": socket}, "export": export}}
+    backing = ["-u", "-b", "json:" + json.dumps(below), "-F", "raw"]
+    tools.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", *backing, path, str(size)])
+
+
 def refuse_external_data(path: str) -> None:
     """Refuses a layer whose header sends its data to another file (a repository is not trusted: it could name any).
 

@@ -186,7 +186,7 @@ def _started(exports: Sequence[Export], folder: str, socket: str) -> Iterator[No
     """The daemon; that it cannot open a layer means that this is damaged.  Errors: Damaged, ToolFailed."""
     argv = [TOOL, "--nbd-server", f"addr.type=unix,addr.path={socket.replace(',', ',,')}"]
     for number, export in enumerate(exports):
-        argv += _arguments(export, number, folder)
+        argv += arguments(export, number, folder)
     paths = [path for export in exports for path in export.layers]
     _allow_files(len(paths) + len(exports))
     with ExitStack() as stack:
@@ -198,7 +198,7 @@ def _started(exports: Sequence[Export], folder: str, socket: str) -> Iterator[No
         yield
 
 
-def _arguments(export: Export, number: int, folder: str) -> List[str]:
+def arguments(export: Export, number: int, folder: str = "") -> List[str]:
     """The chain as the repository says, whatever headers name; the bitmap's image above it is as large as the disk."""
     files = list(export.layers)
     for path in files:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Annotated, Any, Dict, Final, List, Literal, Optional, Type, TypeVar
 
 import blake3
@@ -27,7 +28,7 @@ CheckpointName = Annotated[str, Field(pattern=r"^cbt-[0-9a-f]{16}$")]
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, lt=2**53)]
 
-Phase = Literal["planned", "freezing", "running", "open"]
+Phase = Literal["planned", "freezing", "running", "open", "committing"]
 
 M = TypeVar("M", bound="Sealed")
 
@@ -136,7 +137,7 @@ class Unprotected(Model):
 
 
 class Manifest(Sealed):
-    """One generation; never changes once it is published."""
+    """One generation; the file never changes once it is published.  `as_of` shows what became of it since."""
 
     id: Hex16
     repository: Hex16
@@ -159,6 +160,15 @@ class Manifest(Sealed):
     def disk(self, target: str) -> Optional[ManifestDisk]:
         return next((d for d in self.disks if d.target == target), None)
 
+    def as_of(self, layers: Layers) -> Manifest:
+        """The generation as it is now: what was taken away since is a mark, and what took its place has its parent."""
+        disks = [_disk_as_of(disk, layers) for disk in self.disks]
+        if disks == self.disks:
+            return self
+        modes = {disk.mode for disk in disks} - {"mark"}
+        kind = "mark" if not modes else modes.pop() if len(modes) == 1 else "mixed"
+        return self.model_copy(update={"disks": disks, "kind": kind})
+
     def require(self, target: str) -> ManifestDisk:
         """Errors: NoSuchDisk."""
         found = self.disk(target)
@@ -166,6 +176,16 @@ class Manifest(Sealed):
             known = ", ".join(d.target for d in self.disks) or "none"
             raise errors.NoSuchDisk(domain=self.domain.name, target=target, known=known)
         return found
+
+
+def _disk_as_of(disk: ManifestDisk, layers: Layers) -> ManifestDisk:
+    if disk.target in layers.removed:
+        nothing = {"data_bytes": 0, "zero_bytes": 0, "stored_bytes": 0}
+        return disk.model_copy(update={"mode": "mark", "parent": None, **nothing})
+    entry = layers.disks.get(disk.target)
+    if disk.mode == "mark" or entry is None or entry.parent == disk.parent:
+        return disk
+    return disk.model_copy(update={"parent": entry.parent, "mode": "incremental" if entry.parent else "full"})
 
 
 class LayerEntry(Model):
@@ -176,17 +196,42 @@ class LayerEntry(Model):
 
 
 class Layers(Sealed):
-    """Where the data of a backup lies now; replaced as a whole when layers merge."""
+    """Where the data of a backup lies now; replaced as a whole when layers merge.
+
+    `below` are layers that no longer make this generation a backup: only the backup above reads what it lacks from
+    them, until it has taken them over.  `removed` are the disks whose data were taken away: in them it is a mark now.
+    """
 
     backup: Hex16
     disks: Dict[TargetName, LayerEntry]
+    below: Dict[TargetName, LayerEntry] = {}
+    removed: List[TargetName] = []
 
     @model_validator(mode="after")
     def _named_by_target(self) -> Layers:
-        for target, entry in self.disks.items():
-            if (entry.file, entry.contents) != (f"{target}.qcow2", f"{target}.contents.npy"):
+        for target, entry in (*self.disks.items(), *self.below.items()):
+            if entry.file != f"{target}.qcow2" or contents_version(target, entry.contents) is None:
                 raise ValueError(f"the files of disk {target} have other names than they must")
+        if {*self.disks} & {*self.below, *self.removed} or {*self.below} - {*self.removed}:
+            raise ValueError("a disk cannot be here and removed")
         return self
+
+    def entry(self, target: str) -> Optional[LayerEntry]:
+        """The layer of a disk as a chain reads it: a backup's own, or what only the backup above needs."""
+        return self.disks.get(target) or self.below.get(target)
+
+
+def contents_name(target: str, version: int) -> str:
+    """The contents file of a layer; a new version when layers were merged into it."""
+    return f"{target}.contents.npy" if version == 1 else f"{target}.contents.{version}.npy"
+
+
+def contents_version(target: str, name: str) -> Optional[int]:
+    """The version in a contents file's name, from 1; None for any other name."""
+    if name == f"{target}.contents.npy":
+        return 1
+    found = re.fullmatch(r"\.contents\.([1-9][0-9]{0,8})\.npy", name[len(target) :]) if name.startswith(target) else None
+    return int(found[1]) if found and int(found[1]) > 1 else None
 
 
 class RepositoryFile(Sealed):
@@ -203,7 +248,8 @@ class Guard(Model):
 class Intent(Sealed):
     """What a run may have left outside the repository, written before its first effect.
 
-    `phase` says what comes next; `open` is a fleecing point that was left open on purpose.
+    `phase` says what comes next; `open` is a fleecing point that was left open on purpose, `committing` one whose data was
+    read and whose generation only waits to be published.  `thaw_owed`: the guest may be frozen, or may yet freeze.
     """
 
     id: Hex16
@@ -222,4 +268,16 @@ class Intent(Sealed):
     phase: Phase
     pid: int
     guard: Optional[Guard] = None
+    thaw_owed: bool = False
+    started: str = Field(max_length=40)
+
+
+class PruneIntent(Sealed):
+    """What a prune is about to take away, for people and for the next prune, which puts right what this one left."""
+
+    repository: Hex16
+    domain: DomainName
+    removing: List[Hex16]
+    tool_host: str = Field(max_length=1024)
+    pid: int
     started: str = Field(max_length=40)

@@ -24,10 +24,16 @@ class Staging:
         self.keep = False  # what the run left outside could not be removed: the intent stays for `recover`
         self._writers: Dict[str, npy.Writer] = {}
 
-    def advance(self, phase: Phase, guard: Optional[processes.Process] = None) -> None:
-        """Says durably what comes next, before it is done, and which process guards it."""
-        known = Guard(pid=guard.pid, started=guard.started) if guard else None
-        self.intent = self.intent.model_copy(update={"phase": phase, "guard": known})
+    def advance(
+        self, phase: Phase, guard: Optional[processes.Process] = None, *, thaw_owed: Optional[bool] = None
+    ) -> None:
+        """Says durably what comes next, before it is done, and which process guards it; None leaves it as it was."""
+        changes: Dict[str, Any] = {"phase": phase}
+        if guard:
+            changes["guard"] = Guard(pid=guard.pid, started=guard.started)
+        if thaw_owed is not None:
+            changes["thaw_owed"] = thaw_owed
+        self.intent = self.intent.model_copy(update=changes)
         with self._explained():
             durable.replace(os.path.join(self.path, "intent.json"), self.intent.dump())
 

@@ -14,6 +14,9 @@ from libvirt_cbt.repository import history, lock, npy
 from libvirt_cbt.repository.manifest import Intent, Layers, Manifest, RepositoryFile
 
 FILE: Final = "repository.json"
+PROTECTED: Final = "protected"  # an empty file: making it needs no room
+RESERVE: Final = "reserve"
+RESERVE_BYTES: Final = 1 << 20  # given back by a prune on a full disk: what frees space must write a little first
 UNFINISHED: Final = f"{FILE}.new"  # all that an `init` which was killed leaves
 
 
@@ -154,7 +157,7 @@ class DomainStore:
     def open_point(self) -> Optional[Intent]:
         """The intent of the fleecing point that was left open, if there is one."""
         intents = [leftover.intent for leftover in self.leftovers()]
-        return next((intent for intent in intents if intent and intent.phase == "open"), None)
+        return next((intent for intent in intents if intent and intent.phase in ("open", "committing")), None)
 
     def with_open_point(self) -> DomainStore:
         """The same domain with the generation of its open fleecing point as the newest; itself when none is open."""
@@ -171,6 +174,7 @@ class DomainStore:
         with durable.explained(self.repository.path, self.path):
             for path in (self.path, os.path.join(self.path, "staging"), os.path.join(self.path, "backups")):
                 durable.ensure_directory(path)
+            self.reserve()
         try:
             name = self.name
         except errors.Damaged:
@@ -178,12 +182,57 @@ class DomainStore:
         self._generations = None
         return lock.exclusive(os.path.join(self.path, "lock"), self.repository.path, name, wait, stop)
 
+    def reserve(self) -> None:
+        """Keeps a little room for a prune on a full disk; without any there is none."""
+        path = os.path.join(self.path, RESERVE)
+        try:
+            if os.path.lexists(path) and os.lstat(path).st_size >= RESERVE_BYTES:
+                return
+            fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, durable.FILE_MODE)
+            try:
+                os.posix_fallocate(fd, 0, RESERVE_BYTES)
+            finally:
+                os.close(fd)
+        except OSError:
+            pass  # the disk is full, or not ours to write: what is done next will say so
+
+    def give_back(self) -> None:
+        """Lets go of the reserve.  Errors: RepositoryError and kin."""
+        path = os.path.join(self.path, RESERVE)
+        with durable.explained(self.repository.path, path):
+            if os.path.lexists(path):
+                os.unlink(path)
+
     def generations(self) -> List[Manifest]:
-        """Every published generation, ascending.  Errors: Damaged naming the manifest; RepositoryDenied."""
+        """Every published generation as it is now, ascending; what was taken away is a mark.
+
+        Errors: Damaged naming the manifest; RepositoryDenied.
+        """
         if self._generations is None:
-            found = [self._load(i) for i in self.ids()]
-            self._generations = sorted(found, key=lambda m: m.generation)
+            found = [self._current(i) for i in self.ids()]
+            self._generations = sorted((m for m in found if m), key=lambda m: m.generation)
         return self._generations
+
+    def refresh(self) -> None:
+        """Reads the generations anew when they are next asked for."""
+        self._generations = None
+
+    def _current(self, backup: names.BackupId) -> Optional[Manifest]:
+        """A manifest as `layers.json` makes it now; None for a generation that was forgotten at this moment."""
+        try:
+            made = self._load(backup)
+        except errors.Damaged:
+            if os.path.lexists(self.directory(backup)):
+                raise
+            return None
+        try:
+            return made.as_of(self.layers(backup))
+        except errors.CbtError:
+            return made  # whoever needs the layers is told
+
+    def protected(self, backup: str) -> bool:
+        """Whether `protect` was asked for it: no prune takes it away."""
+        return os.path.lexists(os.path.join(self.directory(backup), PROTECTED))
 
     def ids(self) -> List[names.BackupId]:
         """The ids of what is published, in no order, their manifests unread."""
@@ -264,7 +313,8 @@ class DomainStore:
         while at is not None:
             if any(link.backup == at for link in links):
                 raise errors.Damaged(path=self.directory(at), reason="its chain runs in a circle")
-            entry = self.layers(at).disks.get(target)
+            layers = self.layers(at)
+            entry = layers.entry(target) if links else layers.disks.get(target)
             if entry is None:
                 raise errors.Damaged(path=self.directory(at), reason=f"it holds no data of disk {target}")
             place = self.directory(at)

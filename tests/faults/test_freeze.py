@@ -161,6 +161,20 @@ def test_a_freeze_that_runs_late_is_undone(tool: Tool, pair: Pair) -> None:
     until(lambda: not guards(guest.uuid), 10, "the guard process stays")
 
 
+@pytest.mark.fault(23)
+def test_the_end_of_a_point_does_not_end_the_thawing(tool: Tool, pair: Pair) -> None:
+    guest, agent = pair
+    agent.behave(fake_agent.DEAF)
+    tool.run("start", guest.name, "--scratch-dir", tool.host.scratch).result  # noqa: B018
+    ended = tool.run("stop", guest.name)
+    assert (ended.code, ended.document["error"]["kind"]) == (20, "HypervisorError")
+    assert "may be frozen" in ended.document["error"]["message"]
+    agent.behave(fake_agent.GOOD)
+    until(lambda: agent.freezes == 1 and not agent.frozen, 30, "the late freeze was left alone")
+    assert tool.run("stop", guest.name).result["committed"]
+    until(lambda: not guards(guest.uuid), 10, "the guard process stays")
+
+
 @pytest.mark.fault(24)
 def test_a_killed_tool_does_not_leave_the_guest_frozen(
     tool: Tool, pair: Pair, held: Callable[[system.SystemGuest, float], subprocess.Popen[str]]

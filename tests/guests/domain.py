@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 import uuid
+from abc import ABC, abstractmethod
 from typing import Any, Dict, List, Optional
 
 import libvirt
@@ -19,7 +20,7 @@ from tests.guests import daemon
 END_SECONDS = 30.0
 
 
-class Guest:
+class Guest(ABC):
     """A domain; a context manager that leaves nothing of it behind.
 
     A guest may be defined, started, ended and started again any number of times.
@@ -40,8 +41,9 @@ class Guest:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    @abstractmethod
     def xml(self) -> str:
-        raise NotImplementedError
+        """The document that defines it."""
 
     @property
     def domain(self) -> Any:

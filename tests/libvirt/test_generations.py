@@ -7,6 +7,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
@@ -107,7 +108,7 @@ def _write(guest: PlainGuest, rng: random.Random, target: str) -> Tuple[int, int
 
 
 def _scratch(tool: Tool) -> Tuple[str, ...]:
-    return () if False else ("--scratch-dir", tool.host.scratch)
+    return ("--scratch-dir", tool.host.scratch)
 
 
 def test_a_backup_after_marks_holds_all_since_the_last_backup(
@@ -199,10 +200,55 @@ def test_a_point_whose_guest_died_cannot_be_committed(
     tool.run("start", guest.name, *_scratch(tool)).result  # noqa: B018
     guest.destroy()
     ended = tool.run("stop", guest.name)
-    assert (ended.code, ended.document["error"]["kind"]) == (13, "SourceLost")
+    assert (ended.code, ended.document["error"]["kind"]) == (13, "PointLost")
     guest.start()
     made = tool.backup(guest)
     assert (made["generation"], made["disks"][0]["mode"]) == (2, "incremental")
+    same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
+    tool.nothing_left(guest)
+    _no_guard(guest)
+
+
+def test_a_point_is_left_alone_from_another_connection(tool: Tool, guest: PlainGuest, rng: random.Random) -> None:
+    tool.backup(guest)
+    guest.random_writes(rng, "vda", 4)
+    point = tool.run("start", guest.name, *_scratch(tool)).result
+    elsewhere = {**tool.environment(), "LIBVIRT_DEFAULT_URI": "test:///default"}
+    for verb in (("recover",), ("stop",), ("stop", "--discard")):
+        argv = tool.argv(verb[0], guest.uuid, *verb[1:])
+        done = subprocess.run(argv, env=elsewhere, capture_output=True, text=True, check=False)
+        assert done.returncode == (0 if verb == ("recover",) else 20), done
+        assert tool.host.uri in done.stdout
+    assert os.path.exists(point["socket"])
+    assert _guards(guest.uuid)
+    assert tool.run("stop", guest.name).result["committed"]
+    tool.nothing_left(guest)
+    _no_guard(guest)
+
+
+KILLED = """
+import os, sys
+import libvirt_cbt
+from libvirt_cbt.actions import recover
+recover.committed = lambda *_: os._exit(9)
+with libvirt_cbt.Session(repository=sys.argv[1]) as session:
+    libvirt_cbt.stop(session, sys.argv[2])
+"""
+
+
+def test_a_stop_that_was_killed_is_finished_by_the_next_run(
+    tool: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path
+) -> None:
+    tool.backup(guest)
+    before = models(guest)
+    guest.random_writes(rng, "vda", 4)
+    at = models(guest)
+    tool.run("start", guest.name, *_scratch(tool)).result  # noqa: B018
+    argv = [sys.executable, "-c", KILLED, tool.repository, guest.name]
+    assert subprocess.run(argv, env=tool.environment(), check=False).returncode == 9
+    made = tool.backup(guest)
+    assert (made["generation"], made["disks"][0]["mode"]) == (3, "incremental")
+    covers(changed(tool, guest, "vda", "--since", "1", "--until", "2"), before["vda"], at["vda"])
     same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
     tool.nothing_left(guest)
     _no_guard(guest)

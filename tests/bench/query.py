@@ -1,24 +1,25 @@
-"""How fast a stored delta is asked for: a synthetic repository, one JSON line of figures.
+"""Rows of questions to stored deltas, in a synthetic repository.
 
 A disk of 1 TiB whose first generation is half allocated, then 30 generations of 1 % scattered 64 KiB writes each.
-`figures` does it all and cleans up; each question runs in a process of its own, so that its peak memory is its own.
+Each question runs in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import numpy as np
 
 import libvirt_cbt.actions.changed
 from libvirt_cbt import extents, names
 from libvirt_cbt.repository import manifest, staging, store
+from tests.bench import measuring
+from tests.bench.measuring import Effort, Row
+from tests.bench.world import World, run
 
 TIB = 1 << 40
 BLOCK = 65536
@@ -80,9 +81,12 @@ def _publish(kept: store.DomainStore, generation: int, rows: extents.Extents, ca
     return size
 
 
-def ask(path: str, since: str, until: str) -> Dict[str, Any]:
+def ask(path: str, since: str, until: str, capacity: int) -> Dict[str, Any]:
     """The first page, one from the middle, and the whole answer of one question, in this process."""
-    parts = {"first_page": {"max_results": PAGE}, "middle_page": {"max_results": PAGE, "start_offset": TIB // 3}}
+    parts: Dict[str, Dict[str, Any]] = {
+        "first_page": {"max_results": PAGE},
+        "middle_page": {"max_results": PAGE, "start_offset": capacity // 3},
+    }
     found: Dict[str, Any] = {}
     with libvirt_cbt.Session(repository=path) as session:
         for name, options in {**parts, "whole": {}}.items():
@@ -100,33 +104,28 @@ def _peak() -> int:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
 
 
-def _timed(*command: str) -> float:
-    begun = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return round(time.perf_counter() - begun, 3)
-
-
-def figures() -> Dict[str, Any]:
-    """Builds, asks every question, measures the command line, cleans up."""
-    with tempfile.TemporaryDirectory(prefix="cbt-bench-") as folder:
-        path = os.path.join(folder, "repo")
-        found: Dict[str, Any] = {"delta_bytes": build(path)}
-        for name, (since, until) in QUESTIONS.items():
-            asked = [sys.executable, os.path.abspath(__file__), path, since, until]
-            found[name] = json.loads(subprocess.run(asked, check=True, stdout=subprocess.PIPE).stdout)
-        tool = (sys.executable, "-c", "from libvirt_cbt import cli; cli.main()", "-r", path)
-        query = ("changed", "synthetic", "vda", "--since", "1")
-        found["process"] = {
-            "version_seconds": _timed(*tool, "--version"),
-            "first_page_seconds": _timed(*tool, "--json", *query, "--max-results", str(PAGE)),
-            "whole_seconds": _timed(*tool, "--json", *query),
-            "whole_csi_seconds": _timed(*tool, *query, "--format", "csi"),
-        }
-        return found
+def query(world: World, effort: Effort) -> List[Row]:
+    """The worst of three questions, and of the rounds: first page, whole delta, and memory of the process that asks."""
+    path = world.new("query")
+    capacity = TIB // 16 if world.quick else TIB
+    build(path, capacity=capacity)
+    answers: List[Dict[str, Any]] = []
+    for _ in range(effort.rounds):
+        for since, until in QUESTIONS.values():
+            argv = [sys.executable, "-m", "tests.bench.query", path, since, until, str(capacity)]
+            answers.append(json.loads(run(*argv, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})))
+    what = f"of {GENERATIONS} generations of 1 % of 1 TiB"
+    rows = []
+    for name, part, target in (("first", "first_page", 0.2), ("middle", "middle_page", 0.2), ("whole", "whole", 2.0)):
+        worst = max((found[f"{part}_seconds"], found[f"{part}_cpu_seconds"]) for found in answers)
+        values = [found[f"{part}_seconds"] for found in answers]
+        cpu = sorted(found[f"{part}_cpu_seconds"] for found in answers)
+        facts = {"extents": max(found[f"{part}_extents"] for found in answers), "worst": worst, "most_cpu": cpu[-1]}
+        rows.append(measuring.plain(f"query-{name}", f"{part.replace('_', ' ')} {what}", "s", values, target, **facts))
+    peaks = [found["peak_bytes"] / measuring.MB for found in answers]
+    rows.append(measuring.plain("query-memory", f"peak of the process that asks, {what}", "MB", peaks, 200))
+    return rows
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        print(json.dumps(ask(*sys.argv[1:])))
-    else:
-        print(json.dumps(figures()))
+    print(json.dumps(ask(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))

@@ -1,0 +1,337 @@
+"""Takes old backups away by rules, from the top: decide, finish what was begun, take away disk by disk, forget."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Callable, Collection, Dict, Final, List, Optional, Set, Tuple
+
+from libvirt_cbt import errors, points
+from libvirt_cbt.actions import merging as steps
+from libvirt_cbt.actions import results
+from libvirt_cbt.actions.session import Session
+from libvirt_cbt.nbdio import merge
+from libvirt_cbt.nbdio.lanes import Options
+from libvirt_cbt.repository import manifest, merging, pins, retention, store
+
+BEFOREHAND: Final = (errors.ChainPinned, errors.NoRoomToMerge)  # found before anything was changed
+NO_TIME: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def prune(
+    session: Session,
+    domain_name: str,
+    *,
+    keep_last: Optional[int] = None,
+    keep_hourly: Optional[int] = None,
+    keep_daily: Optional[int] = None,
+    keep_weekly: Optional[int] = None,
+    keep_monthly: Optional[int] = None,
+    keep_yearly: Optional[int] = None,
+    keep_within: Optional[str] = None,
+    remove: Collection[str] = (),
+    forget: bool = False,
+    dry_run: bool = False,
+    options: Optional[Options] = None,
+) -> results.Prune:
+    """Removes the backups that no rule keeps, and those in `remove` (numbers or ids); any can go but the newest of each
+    disk and the protected ones.  A removed backup is a mark from then on; `forget` drops all generations before the
+    oldest backup that is left, but for the newest two of all.  `keep_within` is a duration such as 1y5m7d2h.
+
+    What could not be removed is in `skipped`, if anything else could be done.
+    Errors: Usage without anything to do; NotInRepository, NoSuchBackup; RepositoryBusy; ChainPinned, NoRoomToMerge,
+    Damaged when nothing could be done; RepositoryError and kin.
+    """
+    within = retention.duration(keep_within) if keep_within else None
+    rules = retention.Rules(keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly, within)
+    if not rules.any and not remove and not forget:
+        raise errors.Usage(reason="prune needs a rule such as --keep-daily 7, or --remove ID, or --forget")
+    begun = time.monotonic()
+    kept = session.stored(domain_name)
+    if dry_run:
+        decision = _decided(kept, rules, remove)
+        merged = _foreseen(kept, {c.id for c in decision.removed})
+        gone = [m.id for m in _forgettable(kept, {c.id for c in decision.removed})] if forget else []
+        return _result(kept, decision, merged, gone, [], 0, begun, dry_run=True)
+    with kept.lock():
+        decision = _decided(kept, rules, remove)
+        before = _occupied(kept)
+        work = _Work(session, kept, options or Options())
+        _settle(session, kept, mend=merging.begun(kept))
+        _intend(kept, [c.id for c in decision.removed])
+        work.take_away({c.id for c in decision.removed})
+        gone = _forget(kept, work) if forget else []
+        if all(isinstance(f.error, BEFOREHAND) for f in work.failures):
+            merging.end(kept)
+        freed = before - _occupied(kept)
+        kept.reserve()
+        if work.failures and not (work.done or gone):
+            raise work.failures[0].error
+        return _result(kept, decision, work.merged, gone, work.failures, freed, begun)
+
+
+def now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+# What goes
+
+
+def _decided(kept: store.DomainStore, rules: retention.Rules, remove: Collection[str]) -> retention.Decision:
+    asked = [kept.resolve(points.at(text)) for text in remove]
+    for one in asked:
+        if one.kind == "mark" and not kept.layers(one.id).removed:
+            raise errors.Usage(reason=f"generation {one.generation} is a mark: it holds no data that could be removed")
+    newest = _newest(kept)
+    candidates = []
+    for generation in kept.generations():
+        if generation.kind == "mark":
+            continue
+        stays = ["protected"] if kept.protected(generation.id) else []
+        stays += [f"the newest with disk {target}" for target, one in newest.items() if one == generation.id]
+        candidates.append(
+            retention.Candidate(generation.id, generation.generation, _time(generation), " and ".join(stays))
+        )
+    return retention.decide(candidates, rules, now(), [one.id for one in asked if one.kind != "mark"])
+
+
+def _newest(kept: store.DomainStore) -> Dict[str, str]:
+    """The newest backup of each disk that the newest generation knows, where that is not the newest of all."""
+    generations = kept.generations()
+    last = generations[-1]
+    with_data = [m for m in generations if m.kind != "mark"]
+    found: Dict[str, str] = {}
+    for target in [*(d.target for d in last.disks), *(u.target for u in last.unprotected)]:
+        for generation in reversed(with_data):
+            disk = generation.disk(target)
+            if disk and disk.mode != "mark":
+                if generation is not with_data[-1]:
+                    found[target] = generation.id
+                break
+    return found
+
+
+def _time(generation: manifest.Manifest) -> datetime:
+    try:
+        found = datetime.fromisoformat(generation.frozen_at.replace("Z", "+00:00"))
+    except ValueError:
+        return NO_TIME
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+
+
+def _intend(kept: store.DomainStore, removing: List[str]) -> None:
+    intent = manifest.PruneIntent(
+        repository=kept.repository.id,
+        domain=manifest.DomainName(uuid=kept.uuid, name=kept.name),
+        removing=removing,
+        tool_host=socket.gethostname()[:1024],
+        pid=os.getpid(),
+        started=now().strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+    try:
+        merging.begin(kept, intent)
+    except errors.RepositoryFull:
+        # It says to people what went on; what was in flight is seen in the layers themselves.
+        kept.give_back()
+
+
+def _settle(session: Session, kept: store.DomainStore, *, mend: bool) -> None:
+    """Puts right what a prune that was killed left: sizes in whole grains, files that nothing names; with `mend` also
+    clusters that nothing uses.
+    """
+    merging.empty_trash(kept)
+    for generation in kept.generations():
+        try:
+            with pins.changing(kept, [generation.id]):
+                layers = kept.layers(generation.id)
+                for target in (*layers.disks, *layers.below):
+                    layer = os.path.join(kept.directory(generation.id), f"{target}.qcow2")
+                    if target in layers.disks and os.path.isfile(layer):
+                        merge.cut(layer, generation.require(target).capacity)
+                    if mend and os.path.isfile(layer):
+                        merge.mend_leaks(layer)
+                for name in merging.tidy(kept, generation.id):
+                    session.watch.note(f"removed {name} of backup {generation.id}, which an ended prune left")
+        except errors.CbtError as e:
+            session.watch.note(f"backup {generation.id} was left as it is: {e}")
+
+
+# How it goes
+
+
+@dataclass(frozen=True)
+class _Failure:
+    backup: str
+    target: str
+    error: errors.CbtError
+
+
+@dataclass
+class _Work:
+    """Taking backups away, one disk of one of them at a time; what one cannot do does not stop the others."""
+
+    session: Session
+    kept: store.DomainStore
+    options: Options
+    merged: List[results.Merged] = field(default_factory=list)
+    failures: List[_Failure] = field(default_factory=list)
+    done: int = 0
+
+    def take_away(self, removed: Set[str]) -> None:
+        """First whole chains, which costs nothing; then the oldest layers, oldest first, and the others newest first.
+
+        So every run is written once, however many neighbours go.
+        """
+        targets = sorted({d.target for m in self.kept.generations() for d in m.disks})
+        disks = [steps.Disk(self.session, self.kept, target, self.options) for target in targets]
+        for disk in disks:
+            for backup in reversed(self._left(disk, removed)):
+                if not disk.children(backup):
+                    self._try(disk, backup, lambda d=disk, b=backup: steps.drop(d, b))  # type: ignore[misc]
+        while True:
+            before = self.done
+            for disk in disks:
+                self._merge_all(disk, removed)
+            short = [f for f in self.failures if isinstance(f.error, errors.NoRoomToMerge)]
+            if self.done == before or not short:
+                return
+            # What was done since may have made the room.
+            self.failures = [f for f in self.failures if f not in short]
+
+    def _merge_all(self, disk: steps.Disk, removed: Set[str]) -> None:
+        for backup in self._left(disk, removed):
+            if disk.entry(backup).parent is None and len(disk.children(backup)) == 1:
+                self._merge(disk, backup, steps.into_oldest)
+        for backup in reversed(self._left(disk, removed)):
+            if disk.entry(backup).parent is None and len(disk.children(backup)) == 1:
+                continue
+            for _ in disk.children(backup):
+                self._merge(disk, backup, steps.into_child)
+            if not disk.children(backup):
+                self._try(disk, backup, lambda d=disk, b=backup: steps.drop(d, b))  # type: ignore[misc]
+
+    def _left(self, disk: steps.Disk, removed: Set[str]) -> List[str]:
+        """What is to go and is still there, ascending; with what a prune that was killed has begun to take away."""
+        failed = {f.backup for f in self.failures if f.target == disk.target}
+        found = []
+        for generation in self.kept.generations():
+            layers = self.kept.layers(generation.id)
+            here = (disk.target in layers.disks and generation.id in removed) or disk.target in layers.below
+            if here and generation.id not in failed:
+                found.append(generation.id)
+        return found
+
+    def _merge(self, disk: steps.Disk, backup: str, merging_step: Callable[[steps.Disk, str, str], int]) -> None:
+        children = disk.children(backup)
+
+        def merged() -> None:
+            written = merging_step(disk, backup, children[0])
+            self.merged.append(results.Merged(disk.target, backup, children[0], written))
+
+        if children:
+            self._try(disk, backup, merged)
+
+    def _try(self, disk: steps.Disk, backup: str, step: Callable[[], None]) -> None:
+        if any((f.backup, f.target) == (backup, disk.target) for f in self.failures):
+            return
+        disk.session.watch.stop()
+        try:
+            step()
+            self.done += 1
+        except errors.Interrupted:
+            raise
+        except errors.CbtError as e:
+            disk.session.watch.note(f"disk {disk.target} of backup {backup} stays: {e}")
+            self.failures.append(_Failure(backup, disk.target, e))
+
+
+def _forgettable(kept: store.DomainStore, removed: Set[str]) -> List[manifest.Manifest]:
+    """Everything before the oldest backup; the newest two generations stay, for their checkpoints may be alive."""
+    generations = kept.generations()
+    first = next((n for n, m in enumerate(generations) if m.kind != "mark" and m.id not in removed), len(generations))
+    return [m for m in generations[: min(first, len(generations) - 2)] if not kept.protected(m.id)] if first else []
+
+
+def _forget(kept: store.DomainStore, work: _Work) -> List[str]:
+    gone = []
+    for generation in _forgettable(kept, set()):
+        if kept.layers(generation.id).below:
+            break
+        try:
+            with pins.changing(kept, [generation.id]):
+                merging.forget(kept, generation.id)
+        except errors.ChainPinned as e:
+            work.failures.append(_Failure(generation.id, "", e))
+            break
+        gone.append(generation.id)
+    return gone
+
+
+# What is said of it
+
+
+def _foreseen(kept: store.DomainStore, removed: Set[str]) -> List[results.Merged]:
+    """For a dry run: which layers would become one, with estimates of the bytes."""
+    found = []
+    for generation in kept.generations():
+        if generation.id not in removed:
+            continue
+        for target, entry in kept.layers(generation.id).disks.items():
+            at, upper = generation.id, None
+            while upper is None:
+                above = [
+                    m.id
+                    for m in kept.generations()
+                    if target in kept.layers(m.id).disks and kept.layers(m.id).disks[target].parent == at
+                ]
+                if not above:
+                    break
+                at = above[0]
+                upper = at if at not in removed else None
+            if upper:
+                read = upper if entry.parent is None else generation.id
+                layer = os.path.join(kept.directory(read), f"{target}.qcow2")
+                found.append(results.Merged(target, generation.id, upper, os.stat(layer).st_blocks * 512))
+    return found
+
+
+def _result(
+    kept: store.DomainStore,
+    decision: retention.Decision,
+    merged: List[results.Merged],
+    forgotten: List[str],
+    failures: List[_Failure],
+    freed: int,
+    begun: float,
+    *,
+    dry_run: bool = False,
+) -> results.Prune:
+    failed = {f.backup for f in failures}
+    return results.Prune(
+        domain=kept.name,
+        uuid=kept.uuid,
+        kept=[results.Kept(c.generation, c.id, list(decision.reasons[c.id])) for c in decision.kept],
+        removed=[results.Removed(c.generation, c.id) for c in decision.removed if c.id not in failed],
+        merged=merged,
+        forgotten=forgotten,
+        skipped=[results.Skipped(f.backup, f.target or None, str(f.error), f.error.kind, f.error.code) for f in failures],
+        freed_bytes=freed,
+        seconds=round(time.monotonic() - begun, 3),
+        dry_run=dry_run,
+    )
+
+
+def _occupied(kept: store.DomainStore) -> int:
+    """Bytes on disk of everything the domain has; a file with two names counts once."""
+    seen: Dict[Tuple[int, int], int] = {}
+    for folder, _, names in os.walk(kept.path):
+        for name in names:
+            found = os.lstat(os.path.join(folder, name))
+            if name != store.RESERVE:
+                seen[found.st_dev, found.st_ino] = found.st_blocks * 512
+    return sum(seen.values())
+
+
