@@ -94,8 +94,8 @@ def test_after_qemu_was_killed_between_backups_the_next_is_full_and_says_why(
     guest.start()
     made = tool.backup(guest)
     assert [d["mode"] for d in made["disks"]] == ["full", "full"]
-    reason = "the bitmap of generation 1 is missing or broken in the image"
-    assert [d["reason"] for d in made["disks"]] == [reason, reason]
+    reason = "the bitmap of generation 1 is missing or broken in"
+    assert all(d["reason"].startswith(reason) for d in made["disks"])
     assert any("vda" in w and reason in w for w in made["warnings"]), made["warnings"]
     assert [c.getName() for c in guest.domain.listAllCheckpoints()] == [made["checkpoint"]]
     assert made["checkpoint"] != first["checkpoint"]
