@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -104,7 +105,7 @@ def test_work_of_others_is_named_at_once_and_left_alone(
         assert time.monotonic() - begun < 2
         assert (busy.code, busy.document["error"]["kind"]) == (11, "DomainBusy"), busy
         assert f"is busy with {what}" in busy.stderr
-        assert " on disk " in what or " since 1 s" in busy.stderr or " since 2 s" in busy.stderr, busy.stderr
+        assert " on disk " in what or re.search(r" since [0-9]+ s", busy.stderr), busy.stderr
         begun = time.monotonic()
         assert tool.run("backup", guest.name, "--wait", "0.5").code == 11
         assert time.monotonic() - begun < 3
