@@ -6,13 +6,12 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import time
 from typing import Any, Dict, Final, List, Tuple
 
 from tests.bench import measuring
 from tests.bench.measuring import Effort, Row, Sample, timed
-from tests.bench.world import MIB, Guest, World, bare, bare_socket, prepared, run
+from tests.bench.world import MIB, Guest, World, bare, bare_socket, prepared, run, server
 
 GIB: Final = 1024 * MIB
 BLOCK: Final = 64 * 1024
@@ -74,13 +73,10 @@ def _floor(world: World, guest: Guest, into: List[Sample]) -> None:
             run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", layer, str(sizes["vda"]))
             node = f"driver=compress,file.driver=qcow2,file.file.driver=file,file.file.filename={layer}"
             argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--socket", sink, "--image-opts", node]
-            server = subprocess.Popen(argv)
-            while not os.path.exists(sink):
-                time.sleep(0.002)
-            run(*virsh, "backup-begin", guest.name, *xml, "--reuse-external")
-            run("nbdcopy", "--destination-is-zero", "--flush", f"nbd+unix:///vda?socket={source}", f"nbd+unix:///?socket={sink}")
-            server.terminate()
-            server.wait()
+            with server(sink, *argv):
+                run(*virsh, "backup-begin", guest.name, *xml, "--reuse-external")
+                uris = [f"nbd+unix:///vda?socket={source}", f"nbd+unix:///?socket={sink}"]
+                run("nbdcopy", "--destination-is-zero", "--flush", *uris)
             run(*virsh, "domjobabort", guest.name)
         guest.domain.checkpointLookupByName(name).delete(0)
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List
 
@@ -17,7 +16,7 @@ from libvirt_cbt.nbdio import bitmapfile
 from tests.bench import measuring
 from tests.bench.backups import BLOCK
 from tests.bench.measuring import MB, Effort, Row, Sample
-from tests.bench.world import World
+from tests.bench.world import World, server
 
 PAGE = 1 << 16
 
@@ -55,14 +54,10 @@ def served(world: World, count: int) -> Iterator[str]:
     """The socket of a server that offers a bitmap of `count` extents, over an image without data."""
     image, socket = world.new(f"many-{count}.qcow2"), world.new(f"many-{count}.sock")
     bitmapfile.write(image, "many", 2 * BLOCK * count, lambda: pages(count))
-    server = subprocess.Popen(["qemu-nbd", "-r", "-t", "-B", "many", "-f", "qcow2", "-k", socket, image])
     try:
-        while not os.path.exists(socket):
-            time.sleep(0.005)
-        yield socket
+        with server(socket, "qemu-nbd", "-r", "-t", "-B", "many", "-f", "qcow2", "-k", socket, image):
+            yield socket
     finally:
-        server.terminate()
-        server.wait()
         os.unlink(image)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
-import subprocess
-import time
-from typing import Any, List, Tuple
+from typing import List, Tuple
 
+from libvirt_cbt.nbdio import qcow2
 from tests.bench import measuring
 from tests.bench.backups import BLOCK, GIB, big
 from tests.bench.measuring import Effort, Row, Sample, timed
-from tests.bench.world import MIB, Guest, World, run
+from tests.bench.world import MIB, Guest, World, run, server
 
 DEPTH = 30
 VERIFY = 1.3
@@ -98,12 +98,8 @@ def _reading(world: World, files: List[str]) -> measuring.Side:
         with timed(into):
             for file in files:
                 socket = world.new("reading.sock")
-                node = f"driver=qcow2,backing=,file.driver=file,file.filename={file}"
-                server: Any = subprocess.Popen(["qemu-nbd", "-r", "-t", "-e", "8", "-k", socket, "--image-opts", node])
-                while not os.path.exists(socket):
-                    time.sleep(0.002)
-                run("nbdcopy", f"nbd+unix:///?socket={socket}", "null:")
-                server.terminate()
-                server.wait()
+                node = "json:" + json.dumps(qcow2.alone(file))
+                with server(socket, "qemu-nbd", "-r", "-t", "-e", "8", "-k", socket, node):
+                    run("nbdcopy", f"nbd+unix:///?socket={socket}", "null:")
 
     return side

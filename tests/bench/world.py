@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack, contextmanager
 from typing import Any, Dict, Final, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -31,6 +32,21 @@ def run(*argv: str, env: Optional[Mapping[str, str]] = None) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv)}: {done.stderr}")
     return done.stdout
+
+
+@contextmanager
+def server(socket: str, *argv: str) -> Iterator[None]:
+    """A server that listens on `socket`, which nothing is at yet; ended in order, also when we are."""
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        while not os.path.exists(socket):
+            if process.poll() is not None:
+                raise RuntimeError(f"{' '.join(argv)} ended with {process.returncode}")
+            time.sleep(0.002)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def mixed(size: int, seed: int = 1) -> Iterator[bytes]:
