@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Collection, List, Optional, Tuple
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.actions import auditing, fleecing, opening, planning, pulling, recording, recover, results, tracking
+from libvirt_cbt.actions import auditing, fleecing, opening, planning, pulling, recording, recover, results
 from libvirt_cbt.actions.fleecing import Request
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import bitmaps, domain, job
+from libvirt_cbt.hypervisor import bitmaps, domain
 from libvirt_cbt.nbdio import copy
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import store
@@ -57,9 +57,7 @@ def backup(
     if dry_run:
         return _estimate(session, kept, request, require_all=require_all)
     with kept.lock(wait, session.watch.stop):
-        recover.reconcile(session, kept)
-        job.wait_idle(host, uuid, domain_name, wait, session.watch.stop)
-        warnings = tracking.regain(session, kept)
+        warnings = opening.prepared(session, kept, domain_name, wait)
         plan = opening.planned(session, kept, request)
         if require_all:
             planning.require_all(plan.dom, plan.unprotected)

@@ -7,7 +7,7 @@ read, each run against its digest: bytes that are not proved never make a change
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Dict, Final, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -102,19 +102,8 @@ class _Layers:
                 if not os.path.isfile(one):
                     raise errors.Damaged(path=one, reason="the layer is missing")
             run_dir = self._stack.enter_context(server.run_dir(places.run_root()))
-            self._endpoints = dict(zip(self._paths, self._stack.enter_context(_opened(self._paths, run_dir))))
+            self._endpoints = dict(zip(self._paths, self._stack.enter_context(server.sound_layers(self._paths, run_dir))))
         return self._endpoints[path]
-
-
-@contextmanager
-def _opened(paths: List[str], run_dir: str) -> Iterator[List[server.Endpoint]]:
-    with ExitStack() as stack:
-        try:
-            endpoints = stack.enter_context(server.layers(paths, run_dir))
-        except errors.ToolFailed as e:
-            server.require_open(paths)
-            raise e from None
-        yield endpoints
 
 
 class _Side:

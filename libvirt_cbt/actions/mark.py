@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import Optional
 
-from libvirt_cbt.actions import fleecing, opening, pulling, recording, recover, results, tracking
+from libvirt_cbt.actions import fleecing, opening, pulling, recording, recover, results
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import job
 from libvirt_cbt.nbdio.lanes import Options
 
 
@@ -23,9 +22,7 @@ def mark(
     uuid = session.host.find(domain_name)
     kept = session.repository(make=True).domain(uuid)
     with kept.lock(wait, session.watch.stop):
-        recover.reconcile(session, kept)
-        job.wait_idle(session.host, uuid, domain_name, wait, session.watch.stop)
-        warnings = tracking.regain(session, kept)
+        warnings = opening.prepared(session, kept, domain_name, wait)
         plan = opening.planned(session, kept, request)
         with opening.opened(session, kept, plan) as fleece:
             fleece.warnings += warnings

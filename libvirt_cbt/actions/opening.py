@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ContextManager
+from typing import ContextManager, List
 
-from libvirt_cbt.actions import fleecing, offline
+from libvirt_cbt.actions import fleecing, offline, recover, tracking
 from libvirt_cbt.actions.fleecing import Fleece, Plan, Request
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import bitmaps, domain
+from libvirt_cbt.hypervisor import bitmaps, domain, job
 from libvirt_cbt.repository import store
+
+
+def prepared(session: Session, kept: store.DomainStore, domain_name: str, wait: float) -> List[str]:
+    """Under the lock, before planning: leftovers are cleaned up, nobody works on the domain, its tracking is whole.
+
+    `wait` is in seconds.  Warnings for the result.  Errors: PointOpen, DomainBusy, those of tracking.regain.
+    """
+    recover.reconcile(session, kept)
+    job.wait_idle(session.host, kept.uuid, domain_name, wait, session.watch.stop)
+    return tracking.regain(session, kept)
 
 
 def planned(session: Session, kept: store.DomainStore, request: Request) -> Plan:

@@ -122,13 +122,17 @@ def backup_result(
         backup=made.id,
         generation=made.generation,
         checkpoint=made.checkpoint,
-        quiesce=results.Quiesced(made.quiesce.requested, made.quiesce.result, made.quiesce.frozen_ms),
+        quiesce=quiesce_result(made.quiesce),
         disks=[disk_result(d) for d in made.disks],
         unprotected=unprotected_result(made.unprotected),
         seconds=seconds,
         warnings=list(made.warnings),
         audit=audit,
     )
+
+
+def quiesce_result(quiesce: manifest.Quiesce) -> results.Quiesced:
+    return results.Quiesced(quiesce.requested, quiesce.result, quiesce.frozen_ms)
 
 
 def disk_result(disk: manifest.ManifestDisk) -> results.BackupDisk:

@@ -6,9 +6,8 @@ import time
 from typing import Optional
 from urllib.parse import quote
 
-from libvirt_cbt.actions import fleecing, pulling, recording, recover, results, tracking
+from libvirt_cbt.actions import fleecing, opening, pulling, recording, results
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import job
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import manifest
 
@@ -26,9 +25,7 @@ def start(
     uuid = session.host.find(domain_name)
     kept = session.repository(make=True).domain(uuid)
     with kept.lock(wait, session.watch.stop):
-        recover.reconcile(session, kept)
-        job.wait_idle(session.host, uuid, domain_name, wait, session.watch.stop)
-        warnings = tracking.regain(session, kept)
+        warnings = opening.prepared(session, kept, domain_name, wait)
         plan = fleecing.planned(session, kept, fleecing.running(session.host, uuid), request)
         with fleecing.opened(session, kept, plan) as fleece:
             fleece.warnings += warnings
@@ -44,7 +41,7 @@ def start(
         id=made.id,
         generation=made.generation,
         socket=plan.places.socket,
-        quiesce=results.Quiesced(made.quiesce.requested, made.quiesce.result, made.quiesce.frozen_ms),
+        quiesce=recording.quiesce_result(made.quiesce),
         disks=[_disk(d, exports[d.target]) for d in made.disks],
         unprotected=recording.unprotected_result(made.unprotected),
         seconds=round(time.monotonic() - begun, 3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Iterable, Iterator, List, Optional, Sequence, Tuple, cast
 
 from libvirt_cbt import errors, places
@@ -49,7 +49,7 @@ def write(
         expected = min(disk.capacity, sum(layer.data_bytes for layer in everything))
         run_dir = stack.enter_context(server.run_dir(places.run_root()))
         good = [layer for layer in everything if layer.broken is None]
-        endpoints = stack.enter_context(_opened([layer.path for layer in good], run_dir)) if good else []
+        endpoints = stack.enter_context(server.sound_layers([layer.path for layer in good], run_dir)) if good else []
         number = {layer.backup: at for at, layer in enumerate(good)}
         readers = cast("Sequence[npy.Reader]", [layer.contents for layer in everything])
         runs: Iterable[plan.Run] = plan.restore(readers, disk.capacity)
@@ -123,15 +123,3 @@ def _zeroes(low: int, high: int) -> Iterator[plan.Run]:
     for offset in range(low, high, ZEROES):
         length = min(ZEROES, high - offset)
         yield plan.Run(check.ZEROES, offset, length, b"", ((offset, length),))
-
-
-@contextmanager
-def _opened(paths: List[str], run_dir: str) -> Iterator[List[server.Endpoint]]:
-    """The layers of a chain; a storage daemon that cannot open one means that it is damaged."""
-    with ExitStack() as stack:
-        try:
-            endpoints = stack.enter_context(server.layers(paths, run_dir))
-        except errors.ToolFailed as e:
-            server.require_open(paths)
-            raise e from None
-        yield endpoints

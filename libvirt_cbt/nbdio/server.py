@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Iterator, List, Optional, Sequence
 
@@ -71,6 +71,18 @@ def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
         argv += ["--export", f"type=nbd,id=e{number},node-name=n{number},name=layer{number}"]
         endpoints.append(Endpoint(where, f"layer{number}"))
     with running(argv, where):
+        yield endpoints
+
+
+@contextmanager
+def sound_layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
+    """As `layers`; a storage daemon that cannot open one means that it is damaged.  Errors: Damaged naming it."""
+    with ExitStack() as stack:
+        try:
+            endpoints = stack.enter_context(layers(paths, run_dir))
+        except errors.ToolFailed as e:
+            require_open(paths)
+            raise e from None
         yield endpoints
 
 

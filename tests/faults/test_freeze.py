@@ -14,7 +14,7 @@ import libvirt
 import pytest
 
 from tests.guests import daemon, fake_agent, system
-from tests.libvirt.tool import Tool
+from tests.libvirt.tool import Tool, guards
 
 Pair = Tuple[system.SystemGuest, fake_agent.FakeAgent]
 BUDGET = 8.0
@@ -67,19 +67,6 @@ def held(tool: Tool) -> Iterator[Callable[[system.SystemGuest, float], subproces
         process.wait()
         assert process.stdout
         process.stdout.close()
-
-
-def guards(uuid: str) -> List[int]:
-    """Pids of the guard processes of a domain."""
-    found = []
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if uuid.encode() in words and any(b"guardian" in w for w in words):
-            found.append(int(pid))
-    return found
 
 
 def until(condition: Callable[[], bool], seconds: float, complaint: str) -> float:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.guests import daemon
 from tests.guests.plain import MIB, Disk, PlainGuest
-from tests.libvirt.tool import Tool, models, same
+from tests.libvirt.tool import Tool, guards, models, same
 
 GRANULARITY = 65536
 
@@ -159,21 +159,9 @@ def test_an_open_point_serves_its_moment_until_it_is_stopped(
 
 def _no_guard(guest: PlainGuest) -> None:
     deadline = time.monotonic() + 5
-    while _guards(guest.uuid):
+    while guards(guest.uuid):
         assert time.monotonic() < deadline, "a guard process is left"
         time.sleep(0.05)
-
-
-def _guards(uuid: str) -> List[int]:
-    found = []
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if uuid.encode() in words and any(b"guardian" in w for w in words):
-            found.append(int(pid))
-    return found
 
 
 def test_a_discarded_point_leaves_no_trace(
@@ -220,7 +208,7 @@ def test_a_point_is_left_alone_from_another_connection(tool: Tool, guest: PlainG
         assert done.returncode == (0 if verb == ("recover",) else 20), done
         assert tool.host.uri in done.stdout
     assert os.path.exists(point["socket"])
-    assert _guards(guest.uuid)
+    assert guards(guest.uuid)
     assert tool.run("stop", guest.name).result["committed"]
     tool.nothing_left(guest)
     _no_guard(guest)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import libvirt
@@ -93,6 +94,19 @@ class Tool:
 def _content(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
+
+
+def guards(uuid: str) -> List[int]:
+    """Pids of the guard processes of a domain."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if uuid.encode() in words and any(b"guardian" in w for w in words):
+            found.append(int(pid))
+    return found
 
 
 def models(guest: plain.PlainGuest) -> Dict[str, bytes]:
