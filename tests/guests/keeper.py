@@ -147,36 +147,43 @@ class Keeper:
 def main() -> None:
     root, mounts, *argv = sys.argv[1:]
     state = os.path.join(root, "state")
-    # In case somebody else holds the other end of our standard input: the next read is interrupted by this.
+    # In case somebody else holds the other end of our standard input.  The handler only makes a note: when the tests
+    # are killed both this and the end of standard input arrive, and an exception could hit the clearing up.
+    told = Told()
+    signal.signal(signal.SIGTERM, told)
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     if mounts == "own":
         mount_own_folders(state)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then ends us
     keeper = Keeper(state, argv)
-
-    def on_term(*_: object) -> None:
-        raise SystemExit
-
-    signal.signal(signal.SIGTERM, on_term)
     try:
         print("ready", flush=True)
-        serve(keeper)
+        serve(keeper, told)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         keeper.end_everything()
         shutil.rmtree(root, ignore_errors=True)
 
 
-def serve(keeper: Keeper) -> None:
-    """Obeys until standard input ends; orphans are reaped by the kernel's word, SIGCHLD."""
+class Told:
+    """Whether SIGTERM has come."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def __call__(self, *_: object) -> None:
+        self.ended = True
+
+
+def serve(keeper: Keeper, told: Told) -> None:
+    """Obeys until standard input or SIGTERM ends it; orphans are reaped by the kernel's word, SIGCHLD."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     pending = b""
-    while True:
-        ready, _, _ = select.select([0, read], [], [])
+    while not told.ended:
+        ready, _, _ = select.select([0, read], [], [])  # a signal writes to `read`, so none is slept through
         if read in ready:
             os.read(read, 4096)
             reap_orphans(keeper)
