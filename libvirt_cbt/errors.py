@@ -7,7 +7,28 @@ docs/exit-codes.md is the table for scripts.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Dict
+import shlex
+import string
+from typing import Any, ClassVar, Dict, Final, Optional
+
+
+def argument(value: object) -> str:
+    """A word of a command that people copy from a sentence: quoted for the shell, and never an option.
+
+    The names of guests are other people's.
+    """
+    text = str(value)
+    return f"-- {shlex.quote(text)}" if text.startswith("-") else shlex.quote(text)
+
+
+class _Sentence(string.Formatter):
+    """str.format, and `{name!q}` for an argument of a command."""
+
+    def convert_field(self, value: Any, conversion: Optional[str]) -> Any:
+        return argument(value) if conversion == "q" else super().convert_field(value, conversion)
+
+
+_SENTENCE: Final = _Sentence()
 
 
 class CbtError(Exception):
@@ -18,7 +39,7 @@ class CbtError(Exception):
 
     def __init__(self, **facts: Any) -> None:
         self.facts: Dict[str, Any] = facts
-        super().__init__(self.template.format(**facts))
+        super().__init__(_SENTENCE.format(self.template, **facts))
 
     @property
     def kind(self) -> str:
@@ -61,7 +82,7 @@ class NotFound(CbtError):
 
 
 class NoSuchDomain(NotFound):
-    template = "no domain '{domain}' on {uri}; `virsh -c {uri} list --all` shows the names"
+    template = "no domain '{domain}' on {uri}; `virsh -c {uri!q} list --all` shows the names"
 
 
 class NoSuchDisk(NotFound):
@@ -69,7 +90,7 @@ class NoSuchDisk(NotFound):
 
 
 class NoSuchBackup(NotFound):
-    template = "'{domain}' has no backup '{point}' in {repository}; `libvirt-cbt list {domain}` shows what it has"
+    template = "'{domain}' has no backup '{point}' in {repository}; `libvirt-cbt list {domain!q}` shows what it has"
 
 
 class NotInRepository(NotFound):
@@ -77,11 +98,11 @@ class NotInRepository(NotFound):
 
 
 class NoRepository(NotFound):
-    template = "no repository at {repository}; make one with `libvirt-cbt -r {repository} init`, or check the path"
+    template = "no repository at {repository}; make one with `libvirt-cbt -r {repository!q} init`, or check the path"
 
 
 class NoPointOpen(NotFound):
-    template = "no fleecing point of domain '{domain}' is open; `libvirt-cbt start {domain}` opens one"
+    template = "no fleecing point of domain '{domain}' is open; `libvirt-cbt start {domain!q}` opens one"
 
 
 class NoSuchBoot(NotFound):
@@ -101,7 +122,7 @@ class DomainBusy(Busy):
 
 class PointOpen(Busy):
     template = (
-        "a fleecing point of domain '{domain}' is open since {since}; `libvirt-cbt stop {domain}` commits it, "
+        "a fleecing point of domain '{domain}' is open since {since}; `libvirt-cbt stop {domain!q}` commits it, "
         "`stop --discard` gives it up"
     )
 
@@ -155,7 +176,7 @@ class GenerationUnknown(TrackingBroken):
 
     template = (
         "'{domain}' has no generation {point} in {repository}: {reason}; "
-        "`libvirt-cbt list {domain}` shows what it has, --since '*' takes everything"
+        "`libvirt-cbt list {domain!q}` shows what it has, --since '*' takes everything"
     )
 
 
@@ -285,7 +306,7 @@ class AuditFailed(CbtError):
     code = 16
     template = (
         "the guest '{domain}' holds data that neither its backups nor its bitmaps know ({differences}); nothing was "
-        "published: `libvirt-cbt backup --audit --heal {domain}` stores it, `libvirt-cbt verify {domain}` checks the backups"
+        "published: `libvirt-cbt backup --audit --heal {domain!q}` stores it, `libvirt-cbt verify {domain!q}` checks the backups"
     )
 
 
@@ -308,7 +329,7 @@ class HypervisorError(CbtError):
 class MadeElsewhere(HypervisorError):
     template = (
         "run {id} was begun on {tool_host} for a guest of {host} at {uri}; "
-        "what it left is put right from there: `libvirt-cbt -c '{uri}' recover`"
+        "what it left is put right from there: `libvirt-cbt -c {uri!q} recover`"
     )
 
 

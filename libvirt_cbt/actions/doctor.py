@@ -96,7 +96,7 @@ def _folder(path: str, way_out: str) -> Finding:
     if not os.access(at, os.W_OK | os.X_OK):
         return FAILED, f"{at} is not writable for this user; {way_out}"
     if at == path and os.stat(path).st_mode & 0o002 and not os.stat(path).st_mode & 0o1000:
-        return FAILED, f"{path} is writable for everybody; run `chmod 711 {path}`, or {way_out}"
+        return FAILED, f"{path} is writable for everybody; run `chmod 711 {errors.argument(path)}`, or {way_out}"
     return OK, path
 
 

@@ -278,8 +278,8 @@ def _undo(plan: Plan, stage: staging.Staging, files: scratch.Made, error: BaseEx
         job.end(host, uuid, plan.places.socket)
     except errors.CbtError:
         if isinstance(error, errors.CbtError):
-            name = names.printable(plan.dom.name)
-            error.add(f"the backup job may still run, `libvirt-cbt recover {name}` ends it once libvirt and QEMU answer")
+            way_out = f"`libvirt-cbt recover {errors.argument(names.printable(plan.dom.name))}` ends it"
+            error.add(f"the backup job may still run, {way_out} once libvirt and QEMU answer")
         return
     files.keep = False
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
+import io
 import os
 import sys
 from typing import Any, Dict, Final, List, Optional
@@ -92,9 +92,9 @@ def _misused(error: click.ClickException, argv: List[str]) -> int:
     context = getattr(error, "ctx", None)
     where = context.command_path if context else "libvirt-cbt"
     found = errors.Usage(reason=f"{error.format_message().rstrip('.')}; `{where} --help` shows examples")
-    print(f"libvirt-cbt: {found}", file=sys.stderr)
+    output.say(f"libvirt-cbt: {found}", to=sys.stderr)
     if "--json" in argv:
-        print(json.dumps(output.document([], found), ensure_ascii=False))
+        print(output.dumped(output.document([], found)))
     return found.code
 
 
@@ -102,6 +102,8 @@ def main(argv: Optional[List[str]] = None) -> Any:
     """Runs one command and exits with its code; docs/exit-codes.md is the table."""
     # Imports make hundreds of thousands of objects and no garbage: looked through 5 times instead of 500 times.
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no bug
     code = run(argv)
     gc.freeze()  # nor once more at the end
     raise SystemExit(code)

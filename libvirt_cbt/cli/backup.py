@@ -77,11 +77,11 @@ def _one(domain: str, options: Any, session: Any) -> results.Backup:
 def _show(made: results.Backup) -> None:
     what = "would back up" if made.dry_run else "backed up"
     how = {"frozen": f"frozen {made.quiesce.frozen_ms} ms", "failed": "not consistent"}.get(made.quiesce.result, "")
-    print(
+    output.say(
         f"{what} {made.domain}: generation {made.generation}" + (f", backup {made.backup}" if made.backup else ""),
         end="",
     )
-    print(f", {made.seconds} s" + (f", {how}" if how else "") if not made.dry_run else "")
+    output.say(f", {made.seconds} s" + (f", {how}" if how else "") if not made.dry_run else "")
     rows = [
         (d.target, d.mode, output.size(d.capacity), output.size(d.dirty_bytes), output.size(d.data_bytes),
          output.size(d.zero_bytes), output.size(d.stored_bytes), d.reason or "")
@@ -91,8 +91,8 @@ def _show(made: results.Backup) -> None:
         ("disk", "mode", "capacity", "changed", "data", "zero", "stored", "reason"), rows, right=(2, 3, 4, 5, 6)
     )
     for audit in made.audit or []:
-        print(f"audited {audit.target}: {output.size(audit.compared_bytes)} compared, {audit.differing_bytes} bytes differ")
+        output.say(f"audited {audit.target}: {output.size(audit.compared_bytes)} compared, {audit.differing_bytes} bytes differ")
     for left_out in made.unprotected:
-        print(f"not protected: {left_out.target}: {left_out.reason}")
+        output.say(f"not protected: {left_out.target}: {left_out.reason}")
     for warning in made.warnings:
-        print(f"libvirt-cbt: warning: {warning}", file=sys.stderr)
+        output.say(f"libvirt-cbt: warning: {warning}", to=sys.stderr)

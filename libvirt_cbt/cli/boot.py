@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Optional
 import click
 
 import libvirt_cbt
+from libvirt_cbt import errors
 from libvirt_cbt.cli import output
 
 if TYPE_CHECKING:
@@ -58,16 +59,16 @@ def command(
 
 
 def _show(found: results.Boot) -> None:
-    print(f"{found.name} runs from {found.domain} generation {found.generation}, UUID {found.uuid}, {found.seconds} s")
+    output.say(f"{found.name} runs from {found.domain} generation {found.generation}, UUID {found.uuid}, {found.seconds} s")
     if found.agent_seconds is not None:
-        print(f"its agent answered {found.agent_seconds} s after the start")
+        output.say(f"its agent answered {found.agent_seconds} s after the start")
     for disk in found.disks:
-        print(f"{disk.target}  {output.size(disk.capacity)}  writes to {disk.overlay}")
+        output.say(f"{disk.target}  {output.size(disk.capacity)}  writes to {disk.overlay}")
     for warning in found.warnings:
-        print(f"warning: {warning}")
-    print(f"`libvirt-cbt boot --discard {found.name}` removes it")
+        output.say(f"warning: {warning}")
+    output.say(f"`libvirt-cbt boot --discard {errors.argument(found.name)}` removes it")
 
 
 def _show_discarded(found: results.Discard) -> None:
     for line in found.removed:
-        print(f"{found.name}: {line}")
+        output.say(f"{found.name}: {line}")

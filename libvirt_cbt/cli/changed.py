@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Callable, Dict, Final, Iterator, List, Optional
@@ -126,7 +125,7 @@ class _Document:
         from libvirt_cbt.cli import formats
 
         header: Dict[str, object] = {name: getattr(found, name) for name in HEADER}
-        sys.stdout.write(self._head + json.dumps(header, ensure_ascii=False)[:-1] + ', "extents": [')
+        sys.stdout.write(self._head + output.dumped(header)[:-1] + ', "extents": [')
         self._head = ""
         taken = formats.Taken(found.pages, None, self._start, found.capacity)
         resume: Optional[int] = self._start
@@ -138,7 +137,7 @@ class _Document:
             resume = taken.end  # what was printed is right, and can be gone on from
             raise
         finally:
-            sys.stdout.write(f'], "next_offset": {json.dumps(resume)}}}')
+            sys.stdout.write(f'], "next_offset": {output.dumped(resume)}}}')
 
     def close(self) -> None:
         tail = ""
@@ -146,7 +145,7 @@ class _Document:
             error = self.error
             if not isinstance(error, errors.CbtError):
                 error = errors.CbtError(reason=f"a bug of libvirt-cbt: {error}")
-            tail = f', "error": {json.dumps(error.document(), ensure_ascii=False)}'
+            tail = f', "error": {output.dumped(error.document())}'
         sys.stdout.write(f"{self._head}]{tail}}}\n")
 
 
@@ -163,9 +162,9 @@ def _show(found: Changed) -> None:
 
     since = "everything allocated" if found.since is None else f"changed since generation {found.since}"
     grain = "granularity not known" if found.granularity is None else f"granularity {output.size(found.granularity)}"
-    print(f"{found.domain} {found.target}, {output.size(found.capacity)}: {since}, up to generation {found.until}")
-    print(f"change id {found.change_id}; {found.guarantee} ({grain})")
-    print(f"{'offset':>19} {'length':>19} state generation")
+    output.say(f"{found.domain} {found.target}, {output.size(found.capacity)}: {since}, up to generation {found.until}")
+    output.say(f"change id {found.change_id}; {found.guarantee} ({grain})")
+    output.say(f"{'offset':>19} {'length':>19} state generation")
     count = total = 0
     for page in found.pages:
         lines: List[str] = []
@@ -173,5 +172,5 @@ def _show(found: Changed) -> None:
             lines.append(f"{offset:>19} {length:>19} {extents.STATES[state]:<5} {generation}\n")
         sys.stdout.write("".join(lines))
         count, total = count + len(page), total + int(page["length"].sum())
-    print(f"{count} extents, {output.size(total)}", end="")
-    print("" if found.pages.next_offset is None else f"; go on with --start-offset {found.pages.next_offset}")
+    output.say(f"{count} extents, {output.size(total)}", end="")
+    output.say("" if found.pages.next_offset is None else f"; go on with --start-offset {found.pages.next_offset}")

@@ -25,7 +25,7 @@ def command(settings: output.Settings, domain: Optional[str], scratch_dir: Optio
 def _show(found: results.Doctor) -> None:
     output.table(("check", "", "detail"), [(c.name, c.status, c.detail) for c in found.checks])
     if found.disks:
-        print()
+        output.say()
         rows = [(d.target, _verdict(d), d.reason or "") for d in found.disks]
         output.table(("disk", "", "reason"), rows)
 

@@ -46,8 +46,12 @@ def command(
     output.run(
         settings,
         [lambda s: libvirt_cbt.heatmap(s, domain, disk, since=since, until=until, regions=wide - LABEL - 2)],
-        lambda found: print("\n".join(lines(found, coloured=_coloured(), width=wide))),
+        lambda found: _show(lines(found, coloured=_coloured(), width=wide)),
     )
+
+
+def _show(made: List[str]) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in made))  # its own colours are escapes, too
 
 
 def _terminal_width() -> int:

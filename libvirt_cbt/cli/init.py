@@ -13,5 +13,5 @@ from libvirt_cbt.cli import output
 def command(settings: output.Settings) -> None:
     """Make a repository in a new or empty directory."""
     output.run(
-        settings, [libvirt_cbt.init], lambda made: print(f"repository {made.repository} is ready (id {made.id})")
+        settings, [libvirt_cbt.init], lambda made: output.say(f"repository {made.repository} is ready (id {made.id})")
     )

@@ -22,7 +22,7 @@ def command(settings: output.Settings, domain: Optional[str]) -> None:
 
 
 def show(found: results.Listing) -> None:
-    print(f"{found.domain} ({found.uuid})")
+    output.say(f"{found.domain} ({found.uuid})")
     rows = [
         (
             f"  {g.generation}",

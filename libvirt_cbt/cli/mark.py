@@ -38,8 +38,8 @@ def _one(domain: str, options: Any, session: Any) -> results.Mark:
 
 
 def _show(made: results.Mark) -> None:
-    print(f"marked {made.domain}: generation {made.generation}, id {made.id}, {made.seconds} s")
+    output.say(f"marked {made.domain}: generation {made.generation}, id {made.id}, {made.seconds} s")
     rows = [(d.target, output.size(d.dirty_bytes), d.change_id) for d in made.disks]
     output.table(("disk", "changed", "change id"), rows, right=(1,))
     for warning in made.warnings:
-        print(f"libvirt-cbt: warning: {warning}", file=sys.stderr)
+        output.say(f"libvirt-cbt: warning: {warning}", to=sys.stderr)

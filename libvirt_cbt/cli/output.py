@@ -8,7 +8,7 @@ import sys
 import traceback
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Callable, Dict, Final, List, NoReturn, Optional, Sequence, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, Final, List, NoReturn, Optional, Sequence, TextIO, Type
 
 from libvirt_cbt import errors
 
@@ -83,7 +83,7 @@ def run(
                         found = _ended(job, session, watch)
                     except errors.CbtError as e:
                         first = first or e
-                        print(f"libvirt-cbt: {e}", file=sys.stderr)
+                        say(f"libvirt-cbt: {e}", to=sys.stderr)
                         if isinstance(e, errors.Interrupted):
                             break
                     else:
@@ -93,7 +93,7 @@ def run(
                                 show(one)
         first = first or reported.error
         if settings.json:
-            print(json.dumps(document(results, first), ensure_ascii=False), flush=True)
+            print(dumped(document(results, first)), flush=True)
     if first:
         raise SystemExit(first.code)
 
@@ -122,10 +122,26 @@ def listed(settings: Settings, ask: Callable[[Session], Sequence[str]]) -> List[
 
 def fail(settings: Settings, error: errors.CbtError) -> NoReturn:
     """Ends a command that could not begin."""
-    print(f"libvirt-cbt: {error}", file=sys.stderr)
+    say(f"libvirt-cbt: {error}", to=sys.stderr)
     if settings.json:
-        print(json.dumps(document([], error), ensure_ascii=False))
+        print(dumped(document([], error)))
     raise SystemExit(error.code)
+
+
+def say(text: str = "", *, end: str = "\n", to: Optional[TextIO] = None) -> None:
+    """Prints a line for people.
+
+    Much of it is of others: names of guests, what an agent answered, what a repository holds.  None of it moves a
+    terminal's cursor or begins a line of its own.
+    """
+    from libvirt_cbt import names
+
+    print(names.printable(text, len(text)), end=end, file=to or sys.stdout)
+
+
+def dumped(found: Any) -> str:
+    """A value as JSON, in ASCII: any terminal and any encoding can carry it, paths that are no text, too."""
+    return json.dumps(found)
 
 
 def document(results: Sequence[Any], error: Optional[errors.CbtError]) -> Dict[str, Any]:
@@ -160,7 +176,7 @@ class _Reported:
         else:
             traceback.print_exception(kind, error, trace)
             self.error = _Bug(reason=f"{type(error).__name__}: {error}")
-        print(f"libvirt-cbt: {self.error}", file=sys.stderr)
+        say(f"libvirt-cbt: {self.error}", to=sys.stderr)
         return True
 
 
@@ -183,4 +199,4 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
     widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
     for line in lines:
         cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))]
-        print("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())

@@ -6,6 +6,7 @@ import sys
 from typing import Any, Callable, Dict, Optional
 
 from libvirt_cbt.actions.session import Watch
+from libvirt_cbt.cli import output
 
 
 class _Quiet(Watch):
@@ -17,7 +18,7 @@ class _Quiet(Watch):
 
     def note(self, sentence: str) -> None:
         if self._notes:
-            print(f"libvirt-cbt: {sentence}", file=sys.stderr)
+            output.say(f"libvirt-cbt: {sentence}", to=sys.stderr)
 
 
 class _Bars(_Quiet):

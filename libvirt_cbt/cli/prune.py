@@ -73,8 +73,8 @@ def _every(settings: output.Settings) -> List[str]:
 
 def _show(found: results.Prune) -> None:
     would = "would " if found.dry_run else ""
-    print(f"{found.domain}: {would}keep {len(found.kept)}, {would}remove {len(found.removed)}", end="")
-    print("" if found.dry_run else f", {output.size(found.freed_bytes)} freed, {found.seconds} s")
+    output.say(f"{found.domain}: {would}keep {len(found.kept)}, {would}remove {len(found.removed)}", end="")
+    output.say("" if found.dry_run else f", {output.size(found.freed_bytes)} freed, {found.seconds} s")
     rows = [(f"  {one.generation}", one.id, "keep", ", ".join(one.reasons)) for one in found.kept]
     into = {one.backup: one.into for one in found.merged}
     rows += [
@@ -84,6 +84,6 @@ def _show(found: results.Prune) -> None:
     rows.sort(key=lambda row: int(row[0]))
     output.table(("  gen", "backup", "", "why"), rows)
     for forgotten in found.forgotten:
-        print(f"{would}forget {forgotten}")
+        output.say(f"{would}forget {forgotten}")
     for one in found.skipped:
-        print(f"not removed: {one.backup}{' disk ' + one.target if one.target else ''}: {one.reason}")
+        output.say(f"not removed: {one.backup}{' disk ' + one.target if one.target else ''}: {one.reason}")

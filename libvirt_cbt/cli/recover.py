@@ -29,8 +29,8 @@ def _one(domain: str, session: Any) -> results.Recover:
 
 def _show(found: results.Recover) -> None:
     if not found.actions and not found.left:
-        print(f"{found.domain}: nothing to do")
+        output.say(f"{found.domain}: nothing to do")
     for action in found.actions:
-        print(f"{found.domain}: {action}")
+        output.say(f"{found.domain}: {action}")
     for left in found.left:
-        print(f"{found.domain}: left alone: {left}")
+        output.say(f"{found.domain}: left alone: {left}")

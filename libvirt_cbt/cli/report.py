@@ -55,7 +55,7 @@ def command(settings: output.Settings, domain: Optional[str], path: Optional[str
 def _show(found: results.Report, path: Optional[str]) -> None:
     if path:
         count = sum(bool(d.attention) for d in found.domains)
-        print(f"{names.printable(path)}: {len(found.domains)} reported, {count} to look at")
+        output.say(f"{names.printable(path)}: {len(found.domains)} reported, {count} to look at")
         return
     rows = [
         (
@@ -71,4 +71,4 @@ def _show(found: results.Report, path: Optional[str]) -> None:
     output.table(("domain", "newest", "backups", "marks", "on disk", "verified"), rows, right=(2, 3, 4))
     for d in found.domains:
         for sentence in d.attention:
-            print(f"{names.printable(d.domain)}: {names.printable(sentence, 600)}")
+            output.say(f"{names.printable(d.domain)}: {names.printable(sentence, 600)}")

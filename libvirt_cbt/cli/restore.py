@@ -95,7 +95,7 @@ def _places(given: Tuple[str, ...]) -> Dict[str, str]:
 
 def _show(found: results.Restore, stream: TextIO) -> None:
     def say(line: str) -> None:
-        print(line, file=stream)
+        output.say(line, to=stream)
 
     say(f"restored {found.domain} generation {found.generation}, backup {found.backup}, {found.seconds} s")
     for file in found.files:

@@ -75,9 +75,9 @@ def _serve(settings: output.Settings, verb: Callable[[libvirt_cbt.Session], Cont
 
 def _show(found: results.Serve) -> None:
     since = "" if found.since is None else f", changes since generation {found.since}"
-    print(f"serving {found.domain} generation {found.generation}, backup {found.backup}{since}; Ctrl-C ends it")
+    output.say(f"serving {found.domain} generation {found.generation}, backup {found.backup}{since}; Ctrl-C ends it")
     dirty = [output.size(d.dirty_bytes) for d in found.disks]
     rows = [(d.target, d.uri, d.context or "-", size) for d, size in zip(found.disks, dirty)]
     output.table(("disk", "uri", "meta context", "changed"), rows, right=(3,))
     for left_out in found.unprotected:
-        print(f"not in this backup: {left_out.target}: {left_out.reason}")
+        output.say(f"not in this backup: {left_out.target}: {left_out.reason}")

@@ -24,8 +24,8 @@ def command(settings: output.Settings, domain: str, at: str) -> None:
 
 def _show(found: results.Listing) -> None:
     for one in found.generations:
-        print(f"{found.domain} generation {one.generation}, backup {one.id}, {one.kind}, {one.time}")
-        print("file systems were frozen" if one.consistent else "crash-consistent: file systems were not frozen")
+        output.say(f"{found.domain} generation {one.generation}, backup {one.id}, {one.kind}, {one.time}")
+        output.say("file systems were frozen" if one.consistent else "crash-consistent: file systems were not frozen")
         rows = [
             (d.target, d.mode, str(d.base or "-"), d.parent or "-", output.size(d.capacity), output.size(d.dirty_bytes),
              output.size(d.stored_bytes), d.reason or "")
@@ -35,6 +35,6 @@ def _show(found: results.Listing) -> None:
             ("disk", "mode", "base", "parent", "capacity", "changed", "stored", "reason"), rows, right=(4, 5, 6)
         )
         for disk in one.disks:
-            print(f"{disk.target}: {disk.change_id}")
+            output.say(f"{disk.target}: {disk.change_id}")
         for left_out in one.unprotected:
-            print(f"not protected: {left_out.target}: {left_out.reason}")
+            output.say(f"not protected: {left_out.target}: {left_out.reason}")

@@ -35,8 +35,8 @@ def command(settings: output.Settings, /, domain: str, **options: Any) -> None:
 
 
 def _show(made: results.Start) -> None:
-    print(f"opened {made.domain}: generation {made.generation}, id {made.id}, {made.seconds} s")
+    output.say(f"opened {made.domain}: generation {made.generation}, id {made.id}, {made.seconds} s")
     rows = [(d.target, d.uri, d.context or "(everything)", output.size(d.dirty_bytes)) for d in made.disks]
     output.table(("disk", "uri", "meta context", "changed"), rows, right=(3,))
     for warning in made.warnings:
-        print(f"libvirt-cbt: warning: {warning}", file=sys.stderr)
+        output.say(f"libvirt-cbt: warning: {warning}", to=sys.stderr)

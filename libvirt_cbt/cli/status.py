@@ -23,7 +23,7 @@ def command(settings: output.Settings, domain: Optional[str]) -> None:
 
 def _show(found: results.Status) -> None:
     newest = f"generation {found.generation}, {found.age_seconds:.0f} s old" if found.generation else "never backed up"
-    print(f"{found.domain}: {found.state}, {newest}")
+    output.say(f"{found.domain}: {found.state}, {newest}")
     rows = [
         (
             f"  {d.target}",

@@ -29,4 +29,4 @@ def command(settings: output.Settings, domain: str, discard: bool) -> None:
 
 
 def _show(made: results.Stop) -> None:
-    print(f"{'committed' if made.committed else 'gave up'} generation {made.generation} of {made.domain}, id {made.id}")
+    output.say(f"{'committed' if made.committed else 'gave up'} generation {made.generation} of {made.domain}, id {made.id}")

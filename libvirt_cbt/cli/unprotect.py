@@ -24,4 +24,4 @@ def command(settings: output.Settings, domain: str, at: str) -> None:
 
 def _show(found: results.Protection) -> None:
     state = "protected" if found.protected else "no longer protected"
-    print(f"{found.domain}: generation {found.generation}, backup {found.backup}, is {state}")
+    output.say(f"{found.domain}: generation {found.generation}, backup {found.backup}, is {state}")

@@ -22,4 +22,4 @@ def command(settings: output.Settings, domain: str) -> None:
 
 
 def _show(found: results.Untrack) -> None:
-    print(f"{found.domain}: removed {', '.join(found.removed) or 'nothing, there was no checkpoint of ours'}")
+    output.say(f"{found.domain}: removed {', '.join(found.removed) or 'nothing, there was no checkpoint of ours'}")

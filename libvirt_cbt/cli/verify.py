@@ -41,14 +41,14 @@ def command(settings: output.Settings, /, domain: Optional[str], at: Optional[st
 
 
 def _show(found: results.Verify) -> None:
-    print(
+    output.say(
         f"{found.domain}: {found.backups} generations, {output.size(found.checked_bytes)} read, {found.seconds} s: ",
         end="",
     )
-    print(f"{len(found.damage)} damaged" if found.damage else "all good")
+    output.say(f"{len(found.damage)} damaged" if found.damage else "all good")
     for one in found.damage:
         where = f" disk {one.target}" if one.target else ""
         where += f" offset {one.offset} length {one.length}" if one.offset is not None else ""
-        print(f"  backup {one.backup}{where}: {one.reason}")
+        output.say(f"  backup {one.backup}{where}: {one.reason}")
         if one.dependents:
-            print(f"    needed by: {', '.join(one.dependents)}")
+            output.say(f"    needed by: {', '.join(one.dependents)}")

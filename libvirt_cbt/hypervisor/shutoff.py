@@ -16,10 +16,10 @@ def require(host: connection.Host, uuid: names.DomainUuid) -> None:
         if dom.isActive():
             raise errors.NotShutOff(domain=name, reason="it runs; shut it down first")
         if dom.hasManagedSaveImage():
-            way = f"`virsh managedsave-remove {name}` drops it"
+            way = f"`virsh managedsave-remove {errors.argument(name)}` drops it"
             raise errors.NotShutOff(domain=name, reason=f"its memory was saved and belongs to the present disks; {way}")
         if dom.snapshotNum():
-            way = f"`virsh snapshot-delete {name} SNAPSHOT`"
+            way = f"`virsh snapshot-delete {errors.argument(name)} SNAPSHOT`"
             raise errors.NotShutOff(domain=name, reason=f"it has snapshots, which live in the present images; {way}")
 
 

@@ -65,7 +65,7 @@ class Repository:
             if status.st_mode & 0o077:
                 mode = stat.S_IMODE(status.st_mode)
                 raise errors.RepositoryDenied(
-                    repository=path, reason=f"others may enter it (mode {mode:04o}); run `chmod 700 {path}`"
+                    repository=path, reason=f"others may enter it (mode {mode:04o}); run `chmod 700 {errors.argument(path)}`"
                 )
             if status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
                 raise errors.RepositoryDenied(repository=path, reason=f"it belongs to user {status.st_uid}")
