@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import uuid
-from typing import NewType
+from typing import Iterable, NewType, Optional, Protocol, TypeVar
 
 from libvirt_cbt import errors
 
@@ -68,6 +68,36 @@ def checkpoint(backup: BackupId) -> str:
 def change_id(lineage: str, generation: int, backup: str) -> str:
     """`cbt1:<lineage>/<generation>-<first 8 hex of the id>`: a number used twice is noticed by the id."""
     return f"cbt1:{lineage}/{generation}-{backup[:8]}"
+
+
+class Disk(Protocol):
+    """A disk of a domain or in a manifest."""
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def serial(self) -> Optional[str]: ...
+
+
+D = TypeVar("D", bound=Disk)
+
+
+def disk(disks: Iterable[D], asked: str) -> Optional[D]:
+    """The disk with this target, else the one with this serial (in OpenStack, the id of the volume); None without one.
+
+    Errors: Usage when two disks have the serial.
+    """
+    rows = list(disks)
+    for one in rows:
+        if one.target == asked:
+            return one
+    found = [one for one in rows if one.serial == asked]
+    if len(found) > 1:
+        raise errors.Usage(
+            reason=f"the serial '{printable(asked)}' is that of disks {', '.join(d.target for d in found)}; give a target"
+        )
+    return found[0] if found else None
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -12,7 +12,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Dict, Iterator, List, Optional, Tuple
 
@@ -41,6 +41,11 @@ class Request:
     def __post_init__(self) -> None:
         if self.quiesce not in QUIESCE:
             raise errors.Usage(reason=f"quiesce is one of {', '.join(QUIESCE)}, not '{self.quiesce}'")
+
+    def of(self, dom: domain.Domain) -> Request:
+        """The same with the targets of disks that were named by their serial.  Errors: NoSuchDisk."""
+        disks, exclude = (tuple(dom.disk(one).target for one in asked) for asked in (self.disks, self.exclude))
+        return replace(self, disks=disks, exclude=exclude)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def prepared(session: Session, kept: store.DomainStore, domain_name: str, wait: 
 def planned(session: Session, kept: store.DomainStore, request: Request) -> Plan:
     """Errors: NotRunning for a domain that neither runs nor is off; those of fleecing.planned, offline.planned."""
     dom = domain.read(session.host, kept.uuid)
+    request = request.of(dom)
     if bitmaps.off(dom):
         return offline.planned(session, kept, dom, request)
     return fleecing.planned(session, kept, fleecing.running(session.host, kept.uuid), request)

@@ -23,11 +23,12 @@ def with_data(kept: store.DomainStore, point: points.Point) -> manifest.Manifest
 def chosen(
     kept: store.DomainStore, generation: manifest.Manifest, targets: Collection[str]
 ) -> List[manifest.ManifestDisk]:
-    """The disks `targets` of a generation, each once; without any, all that it has data of.
+    """The disks of a generation that are named by target or serial, each once; without any, all that it has data of.
 
     Errors: NoSuchDisk; NoSuchBackup for a disk that is a mark in it.
     """
-    asked = [generation.require(target) for target in dict.fromkeys(targets)]
+    named = {disk.target: disk for disk in map(generation.require, targets)}
+    asked = list(named.values())
     for disk in asked:
         if disk.mode == "mark":
             raise _without_data(kept, f"{generation.generation} of disk {disk.target}")

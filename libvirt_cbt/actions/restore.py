@@ -52,6 +52,7 @@ def restore(
     _require_sense(output, disks, fmt, to, define=define, start=start, same_identity=same_identity)
     kept = session.stored(domain_name)
     generation = reading.with_data(kept, points.at(at))
+    to = {generation.require(disk).target: place for disk, place in to.items()}
     wanted = reading.chosen(kept, generation, [*disks, *to] if disks or not output else ())
     for target in to:
         reading.chosen(kept, generation, [target])

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Callable, Final, List, Optional
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.repository import store
+from libvirt_cbt.repository import aliases, store
 
 if TYPE_CHECKING:
     from libvirt_cbt.hypervisor import connection
@@ -98,7 +98,10 @@ class Session:
         return repository.domain(uuid) if repository.has(uuid) else self.stored(domain)
 
     def stored(self, domain: str) -> store.DomainStore:
-        """What the repository holds of a domain, given by name, UUID, or libvirt's id; libvirt is asked last."""
+        """What the repository holds of a domain, given by name, UUID, or libvirt's id; libvirt is asked last.
+
+        OpenStack's name of an instance is looked for when nothing else is called so.
+        """
         repository = self.repository()
         try:
             return repository.find(domain)
@@ -111,4 +114,4 @@ class Session:
                 uuid = None
             if uuid and repository.has(uuid):
                 return repository.domain(uuid)
-            raise
+            return aliases.find(repository, domain)

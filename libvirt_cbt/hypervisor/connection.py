@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from typing import Any, Callable, Final, Iterator, List, Optional, Tuple, TypeVar
 
-from libvirt_cbt import errors, names
+from libvirt_cbt import errors, names, openstack
 
 try:
     import libvirt
@@ -148,7 +148,10 @@ class Host:
         return dom
 
     def find(self, domain: str) -> names.DomainUuid:
-        """The UUID of a domain given by name, UUID or id, tried in the order of virsh.  Errors: NoSuchDomain."""
+        """The UUID of a domain given by name, UUID or id, tried in the order of virsh, or else OpenStack's instance name.
+
+        Errors: NoSuchDomain; Usage when several instances have that name.
+        """
 
         def tries(conn: Any) -> Any:
             lookups: List[Callable[[], Any]] = [lambda: conn.lookupByName(domain)]
@@ -162,12 +165,22 @@ class Host:
                 except libvirt.libvirtError as e:
                     if e.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                         raise
-            raise errors.NoSuchDomain(domain=names.printable(domain), uri=self.uri)
+            return self._instance(conn, domain)
 
         if not domain or "\0" in domain:
             raise errors.NoSuchDomain(domain=names.printable(domain), uri=self.uri)
         with self.translated(domain):
             return names.domain_uuid(self.retry(tries).UUIDString())
+
+    def _instance(self, conn: Any, name: str) -> Any:
+        """The one domain that OpenStack calls so."""
+        found = [dom for dom in conn.listAllDomains() if _instance_name(dom) == name]
+        if len(found) > 1:
+            uuids = ", ".join(sorted(dom.UUIDString() for dom in found))
+            raise errors.Usage(reason=f"several instances are called '{names.printable(name)}': {uuids}; give a UUID")
+        if not found:
+            raise errors.NoSuchDomain(domain=names.printable(name), uri=self.uri)
+        return found[0]
 
     def all(self) -> list[tuple[str, names.DomainUuid]]:
         """(name, UUID) of every domain, sorted by name."""
@@ -216,6 +229,15 @@ class Host:
 def message(error: libvirt.libvirtError) -> str:
     """libvirt's own sentence, safe for a terminal."""
     return names.printable(str(error.get_error_message() or error), 500)
+
+
+def _instance_name(dom: Any) -> Optional[str]:
+    try:
+        return openstack.name(dom.XMLDesc(0))
+    except libvirt.libvirtError as e:
+        if e.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        return None  # undefined while we looked
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:

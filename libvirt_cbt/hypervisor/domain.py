@@ -54,12 +54,13 @@ class Domain:
     def state_name(self) -> str:
         return STATES[self.state] if self.state < len(STATES) else "in an unknown state"
 
-    def disk(self, target: str) -> Disk:
-        for disk in self.disks:
-            if disk.target == target:
-                return disk
-        known = ", ".join(d.target for d in self.disks) or "none"
-        raise errors.NoSuchDisk(domain=names.printable(self.name), target=names.printable(target), known=known)
+    def disk(self, asked: str) -> Disk:
+        """By target or serial.  Errors: NoSuchDisk."""
+        found = names.disk(self.disks, asked)
+        if found is None:
+            known = ", ".join(d.target for d in self.disks) or "none"
+            raise errors.NoSuchDisk(domain=names.printable(self.name), target=names.printable(asked), known=known)
+        return found
 
 
 def read(host: connection.Host, uuid: names.DomainUuid) -> Domain:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
 from libvirt_cbt import errors, extents, names, points
-from libvirt_cbt.repository import history
+from libvirt_cbt.repository import aliases, history
 from libvirt_cbt.repository.manifest import Manifest, ManifestDisk
 from libvirt_cbt.repository.store import DomainStore
 from libvirt_cbt.repository.union import Source
@@ -36,8 +36,9 @@ class Span:
 
 
 def span(kept: DomainStore, target: str, since: points.Point, until: points.Point) -> Span:
-    """Errors: NoSuchDisk; Usage when since is after until; GenerationUnknown, ChangeIdBroken, LineageBroken; Damaged."""
+    """What lies between two generations of a disk, named by target or serial.  Errors: NoSuchDisk; Usage when since is after until; GenerationUnknown, ChangeIdBroken, LineageBroken; Damaged."""
     generations = kept.generations()
+    target = aliases.target(kept, target)
     if not any(m.disk(target) for m in generations):
         known = ", ".join(sorted({d.target for m in generations for d in m.disks})) or "none"
         raise errors.NoSuchDisk(domain=names.printable(kept.name), target=names.printable(target), known=known)
@@ -59,6 +60,7 @@ def span(kept: DomainStore, target: str, since: points.Point, until: points.Poin
 
 def oldest_since(kept: DomainStore, target: str, until: points.Point) -> points.Point:
     """The oldest generation from which every change up to `until` is known.  Errors: as of `span`."""
+    target = aliases.target(kept, target)
     last = _generation(kept, until, target) if any(m.disk(target) for m in kept.generations()) else None
     if last is None or not last.disk(target):
         return until  # `span` says what is wrong

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Dict, Final, List, Literal, Optional, Type, T
 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from libvirt_cbt import durable, errors
+from libvirt_cbt import durable, errors, names
 
 FORMAT: Final = 1
 MAX_BYTES: Final = 16 * 1024 * 1024
@@ -169,12 +169,12 @@ class Manifest(Sealed):
         kind = "mark" if not modes else modes.pop() if len(modes) == 1 else "mixed"
         return self.model_copy(update={"disks": disks, "kind": kind})
 
-    def require(self, target: str) -> ManifestDisk:
-        """Errors: NoSuchDisk."""
-        found = self.disk(target)
+    def require(self, asked: str) -> ManifestDisk:
+        """By target or serial.  Errors: NoSuchDisk."""
+        found = names.disk(self.disks, asked)
         if found is None:
             known = ", ".join(d.target for d in self.disks) or "none"
-            raise errors.NoSuchDisk(domain=self.domain.name, target=target, known=known)
+            raise errors.NoSuchDisk(domain=self.domain.name, target=names.printable(asked), known=known)
         return found
 
 
