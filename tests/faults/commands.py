@@ -71,6 +71,54 @@ def _next_backup(world: World, ended: Ended) -> List[str]:
     return complaints + world.left()
 
 
+# mark, start and stop
+
+
+def _mark(world: World) -> List[str]:
+    return world.tool.argv("mark", world.guest.name)[1:]
+
+
+def _start(world: World) -> List[str]:
+    return world.tool.argv("start", world.guest.name)[1:]
+
+
+def _started(world: World, ended: Ended) -> List[str]:
+    """A user gives up the point, whether it came to be or not."""
+    return _stopped(world, "--discard") + _next_backup(world, ended)
+
+
+def _open(world: World) -> None:
+    """A fleecing point, and writes since."""
+    _increment(world)
+    started = world.tool.run("start", world.guest.name)
+    assert started.code == 0, started
+    world.write()
+
+
+def _stop(world: World) -> List[str]:
+    return world.tool.argv("stop", world.guest.name)[1:]
+
+
+def _discard(world: World) -> List[str]:
+    return world.tool.argv("stop", world.guest.name, "--discard")[1:]
+
+
+def _stopped_again(world: World, ended: Ended) -> List[str]:
+    return _stopped(world) + _next_backup(world, ended)
+
+
+def _discarded_again(world: World, ended: Ended) -> List[str]:
+    return _stopped(world, "--discard") + _next_backup(world, ended)
+
+
+def _stopped(world: World, *options: str) -> List[str]:
+    again = world.tool.run("stop", world.guest.name, *options)
+    world.processes.note(world.point)
+    if again.code and again.document.get("error", {}).get("kind") != "NoPointOpen":
+        return [f"the next stop ended with {again.code}: {again.stderr.strip()}"]
+    return []
+
+
 # restore and verify
 
 
@@ -173,6 +221,10 @@ COMMANDS: Final[Dict[str, Command]] = {
     "full": Command(_first, _backup, _next_backup),
     "increment": Command(_increment, _backup, _next_backup),
     "increment-group": Command(_increment, _backup, _next_backup, group=True),
+    "mark": Command(_increment, _mark, _next_backup),
+    "start": Command(_increment, _start, _started),
+    "stop": Command(_open, _stop, _stopped_again),
+    "stop-discard": Command(_open, _discard, _discarded_again),
     "restore": Command(_chain, _restore, _restored_again),
     "verify": Command(_chain, _verify, _verified_again),
     "recover-copying": Command(_copying, _recover, _recovered_again),

@@ -13,7 +13,7 @@ import sys
 del sys.path[0]  # this folder: nothing of the tests is the command's
 for name in ("numpy", "pydantic", "lxml.etree", "blake3", "libvirt", "nbd"):
     importlib.import_module(name)
-for name in ("backup", "recover", "restore", "verify"):
+for name in ("backup", "mark", "recover", "restore", "start", "stop", "verify"):
     importlib.import_module(f"libvirt_cbt.actions.{name}")
     importlib.import_module(f"libvirt_cbt.cli.{name}")
 command = importlib.import_module("libvirt_cbt.cli")

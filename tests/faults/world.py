@@ -136,9 +136,11 @@ class World:
         return sorted(os.listdir(place)) if os.path.isdir(place) else []
 
     def keep(self, held: Dict[str, bytes]) -> None:
-        """Whatever was published since holds what the guest held then."""
+        """Whatever was published since, and is no mark, holds what the guest held then."""
+        place = os.path.join(self.tool.repository, self.guest.uuid, "backups")
         for identity in self.published():
-            self._kept.setdefault(identity, Kept(held, self.point))
+            if os.path.exists(os.path.join(place, identity, "vda.qcow2")):
+                self._kept.setdefault(identity, Kept(held, self.point))
 
     # What it is judged by
 

@@ -38,7 +38,7 @@ class Tool:
         self.run("init")
 
     def argv(self, command: str, *arguments: str) -> List[str]:
-        scratch = ["--scratch-dir", self.host.scratch] if command == "backup" else []
+        scratch = ["--scratch-dir", self.host.scratch] if command in ("backup", "mark", "start") else []
         return [COMMAND, "-r", self.repository, "--json", command, *arguments, *scratch]
 
     def environment(self) -> Dict[str, str]:
