@@ -127,6 +127,17 @@ class StatusDisk:
 
 
 @dataclass(frozen=True)
+class OpenPoint:
+    """A fleecing point that `start` opened; not `alive`: its job has ended, and `stop` gives it up."""
+
+    id: str
+    generation: int
+    since: str
+    socket: str
+    alive: bool
+
+
+@dataclass(frozen=True)
 class Status:
     domain: str
     uuid: str
@@ -136,6 +147,7 @@ class Status:
     time: Optional[str]
     age_seconds: Optional[float]
     disks: List[StatusDisk]
+    open_point: Optional[OpenPoint] = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Dict, List, Optional
 from libvirt_cbt import errors, names
 from libvirt_cbt.actions import offline, results
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import bitmaps, checkpoints, documents, domain
+from libvirt_cbt.hypervisor import bitmaps, checkpoints, documents, domain, job
 from libvirt_cbt.repository import manifest, store
 
 
@@ -40,7 +40,17 @@ def _status(session: Session, kept: store.DomainStore) -> results.Status:
         time=newest.frozen_at if newest else None,
         age_seconds=_age(newest.frozen_at) if newest else None,
         disks=[_disk(kept, disk, newest, found, asleep, running=dom.running) for disk in dom.disks],
+        open_point=_open_point(session, kept),
     )
+
+
+def _open_point(session: Session, kept: store.DomainStore) -> Optional[results.OpenPoint]:
+    intent = kept.open_point()
+    if intent is None:
+        return None
+    # Once it is committing its readers are done, and the job may have ended.
+    alive = intent.phase == "committing" or job.exporting(session.host, kept.uuid, intent.socket)
+    return results.OpenPoint(intent.id, kept.next_generation(), intent.started, intent.socket, alive)
 
 
 def _disk(

@@ -16,7 +16,7 @@ import pytest
 
 from tests.guests import daemon
 from tests.guests.plain import MIB, Disk, PlainGuest
-from tests.libvirt.tool import Tool, guards, models, same
+from tests.libvirt.tool import COMMAND, Tool, guards, models, same
 
 GRANULARITY = 65536
 
@@ -145,10 +145,16 @@ def test_an_open_point_serves_its_moment_until_it_is_stopped(
         assert sum(e["length"] for e in listed if e["type"] & 1) == disk["dirty_bytes"]
         answer = changed(tool, guest, disk["target"], "--since", "1", "--until", str(point["generation"]))
         covers(answer, before[disk["target"]], at[disk["target"]])
+    shown = tool.run("status", guest.name).result["open_point"]
+    assert (shown["id"], shown["generation"], shown["socket"]) == (point["id"], point["generation"], point["socket"])
+    assert shown["alive"]
+    text = subprocess.check_output([COMMAND, "-r", tool.repository, "status", guest.name], env=tool.environment(), text=True)
+    assert f"fleecing point of generation {point['generation']} open since {shown['since']}" in text
     busy = tool.run("backup", guest.name)
     assert (busy.code, busy.document["error"]["kind"]) == (11, "PointOpen")
     assert tool.run("recover", guest.name).code == 11
     assert tool.run("stop", guest.name).result["committed"]
+    assert tool.run("status", guest.name).result["open_point"] is None
     tool.nothing_left(guest)
     _no_guard(guest)
     now = models(guest)
@@ -187,6 +193,7 @@ def test_a_point_whose_guest_died_cannot_be_committed(
     guest.random_writes(rng, "vda", 4)
     tool.run("start", guest.name, *_scratch(tool)).result  # noqa: B018
     guest.destroy()
+    assert not tool.run("status", guest.name).result["open_point"]["alive"]
     ended = tool.run("stop", guest.name)
     assert (ended.code, ended.document["error"]["kind"]) == (13, "PointLost")
     guest.start()
