@@ -74,6 +74,10 @@ class DiskUnprotected(Usage):
     )
 
 
+class ConfigInvalid(Usage):
+    template = "{path}: {reason}"
+
+
 # 10: no such thing
 
 

@@ -1,9 +1,12 @@
-"""Where this machine keeps what lives shorter than a backup."""
+"""Where this machine keeps what lives shorter than a backup, and the configuration."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from typing import Final, List
+
+CONFIG: Final = "libvirt-cbt.toml"
 
 
 def run_root() -> str:
@@ -15,3 +18,9 @@ def run_root() -> str:
         return "/run/libvirt-cbt"
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return os.path.join(runtime, "libvirt-cbt") if runtime else f"{tempfile.gettempdir()}/libvirt-cbt-{os.geteuid()}"
+
+
+def config_files() -> List[str]:
+    """The configuration files that are there, the host's and then the user's."""
+    own = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return [path for path in (f"/etc/{CONFIG}", os.path.join(own, CONFIG)) if os.path.lexists(path)]

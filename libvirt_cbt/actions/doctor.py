@@ -21,6 +21,7 @@ Finding = Tuple[str, str]  # status, detail
 def doctor(session: Session, domain_name: Optional[str] = None, *, scratch_dir: Optional[str] = None) -> results.Doctor:
     """Checks this machine, the repository and, when given, one domain.  Errors: NoSuchDomain."""
     checks: List[results.Check] = []
+    scratch_dir = scratch_dir or session.scratch_dir
 
     def check(name: str, look: Callable[[], Finding]) -> None:
         try:

@@ -97,7 +97,8 @@ def drawn(
     host = session.host
     disks, unprotected = plans
     identity = names.new_backup_id()
-    places = scratch.places(identity, [d.target for d in disks] if images is None else [], request.scratch_dir)
+    folder = request.scratch_dir or session.scratch_dir
+    places = scratch.places(identity, [d.target for d in disks] if images is None else [], folder)
     tracked = any(not d.disk.untracked for d in disks)
     intent = manifest.Intent(
         id=identity,

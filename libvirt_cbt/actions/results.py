@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 
 @dataclass(frozen=True)
@@ -511,3 +511,24 @@ class Protection:
     backup: str
     generation: int
     protected: bool
+
+
+@dataclass(frozen=True)
+class ConfigFiles:
+    """The configuration files that were read, and all that they say."""
+
+    files: List[str]
+    repository: str
+    values: Dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Configured:
+    """Which policy holds for a domain, its rules, and why `run` leaves it out (None: it does not)."""
+
+    domain: str
+    uuid: str
+    host: str
+    policy: Optional[str]
+    skipped: Optional[str]
+    rules: Dict[str, Any]

@@ -42,14 +42,20 @@ class Session:
     """Opens the connection and the repository when they are first needed; a context manager.
 
     `uri` as virsh takes it (None: libvirt's default); `repository` a directory (None: LIBVIRT_CBT_REPO, else the
-    default path, which the first backup makes).
+    default path, which the first backup makes); `scratch_dir` where a verb is given none (None: the default folder).
     """
 
     def __init__(
-        self, uri: Optional[str] = None, repository: Optional[str] = None, watch: Optional[Watch] = None
+        self,
+        uri: Optional[str] = None,
+        repository: Optional[str] = None,
+        watch: Optional[Watch] = None,
+        *,
+        scratch_dir: Optional[str] = None,
     ) -> None:
         asked = repository or os.environ.get("LIBVIRT_CBT_REPO")
         self.uri = uri
+        self.scratch_dir = scratch_dir
         self.path = os.path.abspath(asked or default_repository())
         self.watch = watch or Watch()
         self._may_make = not asked

@@ -37,6 +37,7 @@ COMMANDS: Final[Dict[str, str]] = {
     "unprotect": "let the rules hold for it again",
     "recover": "put right what a crash left; safe to repeat",
     "untrack": "take our checkpoints off a domain",
+    "config": "what the configuration says, and for which domain",
 }
 COLLECT_AFTER: Final = 50_000  # objects: some MB at most, if all of them were garbage
 
@@ -76,15 +77,19 @@ Examples:
 @click.option(
     "-r", "--repository", metavar="REPO", envvar="LIBVIRT_CBT_REPO", help="Directory of the backups [LIBVIRT_CBT_REPO]."
 )
+@click.option(
+    "--config", "config_file", metavar="FILE", envvar="LIBVIRT_CBT_CONFIG",
+    help="Configuration, in place of /etc/libvirt-cbt.toml and ~/.config/libvirt-cbt.toml [LIBVIRT_CBT_CONFIG].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no notes.")
 @click.option("-v", "--verbose", is_flag=True, help="Notes of every step.")
 @click.pass_context
 def group(
-    ctx: click.Context, uri: Optional[str], repository: Optional[str], as_json: bool, quiet: bool, verbose: bool
+    ctx: click.Context, /, as_json: bool, **options: Any
 ) -> None:
     """Incremental backups of KVM guests by changed-block tracking."""
-    ctx.obj = output.Settings(uri=uri, repository=repository, json=as_json, quiet=quiet, verbose=verbose)
+    ctx.obj = output.Settings(json=as_json, **options)
 
 
 def _misused(error: click.ClickException, argv: List[str]) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Final, List, NoReturn, Optional, Sequence, TextIO, Type
 
@@ -14,19 +16,49 @@ from libvirt_cbt import errors
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions.session import Session, Watch
+    from libvirt_cbt.config import Config, Place
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that every command has."""
+    """The options that every command has; the configuration is read when it is first asked for."""
 
     uri: Optional[str]
     repository: Optional[str]
     json: bool
     quiet: bool
     verbose: bool
+    config_file: Optional[str] = None
+
+    @cached_property
+    def config(self) -> Config:
+        """Errors: ConfigInvalid."""
+        from libvirt_cbt import config, places
+
+        given = self.config_file is not None
+        return config.load([os.path.abspath(self.config_file)] if self.config_file else places.config_files(), given=given)
+
+    def places(self) -> List[Place]:
+        """The host of -c or the environment; otherwise those of the configuration.  Errors: ConfigInvalid."""
+        places = self.config.places()
+        if self.uri is None:
+            return places
+        from libvirt_cbt.config import Place
+
+        return [p for p in places if p.uri == self.uri] or [Place("", self.uri, self.config.jobs)]
+
+    def session(self, watch: Optional[Watch] = None, *, place: Optional[Place] = None) -> Session:
+        """One with what the command line or the environment says, else the configuration.  Errors: ConfigInvalid."""
+        from libvirt_cbt.actions.session import Session
+
+        return Session(
+            self.uri or (place and place.uri) or self.config.connect,
+            self.repository or self.config.repository,
+            watch,
+            scratch_dir=self.config.scratch_dir,
+        )
 
 
 class Interrupts:
@@ -68,7 +100,6 @@ def run(
 
     A job returns one result or a list of them; `show` prints one for people, with `always` it is called for --json too.
     """
-    from libvirt_cbt.actions.session import Session
     from libvirt_cbt.cli import progress
 
     results: List[Any] = []
@@ -77,7 +108,7 @@ def run(
         with _Reported() as reported:
             shown = settings.quiet or settings.json
             watch: Watch = progress.watch(interrupts.check, quiet=shown, verbose=settings.verbose)
-            with Session(settings.uri, settings.repository, watch) as session:
+            with settings.session(watch) as session:
                 for job in jobs:
                     try:
                         found = _ended(job, session, watch)
@@ -111,10 +142,8 @@ def _ended(job: Callable[[Session], Any], session: Session, watch: Watch) -> Lis
 
 def listed(settings: Settings, ask: Callable[[Session], Sequence[str]]) -> List[str]:
     """Which domains a command is for, where none is named; one that cannot be done then does not stop the others."""
-    from libvirt_cbt.actions.session import Session
-
     try:
-        with Session(settings.uri, settings.repository) as session:
+        with settings.session() as session:
             return list(ask(session))
     except errors.CbtError as e:
         fail(settings, e)

@@ -52,7 +52,8 @@ def command(settings: output.Settings, /, domains: Tuple[str, ...], every: bool,
         if not settings.json:
             _show(found)
 
-    jobs = [partial(_one, domain, options) for domain in domains or _every(settings)]
+    named = domains or output.listed(settings, lambda s: [kept.uuid for kept in s.repository().domains()])
+    jobs = [partial(_one, domain, options) for domain in named]
     output.run(settings, jobs, show, always=True)
     codes = [one.code for one in skipped if one.code != errors.Busy.code]
     if codes:
@@ -61,14 +62,6 @@ def command(settings: output.Settings, /, domains: Tuple[str, ...], every: bool,
 
 def _one(domain: str, options: Any, session: Any) -> results.Prune:
     return libvirt_cbt.prune(session, domain, **options)
-
-
-def _every(settings: output.Settings) -> List[str]:
-    try:
-        with libvirt_cbt.Session(settings.uri, settings.repository) as session:
-            return [kept.uuid for kept in session.repository().domains()]
-    except errors.CbtError as e:
-        output.fail(settings, e)
 
 
 def _show(found: results.Prune) -> None:
