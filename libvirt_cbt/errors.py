@@ -78,6 +78,15 @@ class ConfigInvalid(Usage):
     template = "{path}: {reason}"
 
 
+class WouldBePlaintext(Usage):
+    """QEMU decrypts what it exports; scratch files and layers would hold what the owner wanted encrypted."""
+
+    template = (
+        "disks of domain '{domain}' are encrypted by its QEMU ({disks}), and backups, and scratch files meanwhile, would "
+        "hold them in plaintext; give --allow-plaintext if that is wanted, or leave them out with --exclude"
+    )
+
+
 # 10: no such thing
 
 

@@ -31,6 +31,7 @@ def backup(
     max_duration: Optional[float] = None,
     audit: bool = False,
     heal: bool = False,
+    allow_plaintext: bool = False,
     dry_run: bool = False,
     options: Optional[Options] = None,
 ) -> results.Backup:
@@ -39,9 +40,10 @@ def backup(
     `domain_name` is a name, UUID or id; `wait` and `max_duration` are seconds: for other work on the domain to end, and
     for the job to last at most.  `audit` reads whole disks and compares them with the chain; what differs and was not
     told of by a bitmap ends the run (AuditFailed), or with `heal` is stored and counts as changed now.  With
-    `require_all` a disk that cannot be backed up is an error, unless `disks` or `exclude` leave it out.  With `dry_run`
+    `require_all` a disk that cannot be backed up is an error, unless `disks` or `exclude` leave it out.  A disk
+    that QEMU encrypts is stored in plaintext, with `allow_plaintext`, or not at all.  With `dry_run`
     nothing is changed and the bytes are estimates.
-    Errors: NoSuchDomain, NoSuchDisk, DiskUnprotected, DomainBusy, ImageInUse, RepositoryBusy, NotConsistent (with
+    Errors: NoSuchDomain, NoSuchDisk, DiskUnprotected, WouldBePlaintext, DomainBusy, ImageInUse, RepositoryBusy, NotConsistent (with
     quiesce "agent"), ScratchSpace and kin, SourceLost, RepositoryError and kin; nothing is published then, and the next
     run is an increment.
     """
@@ -49,7 +51,7 @@ def backup(
         raise errors.Usage(reason=f"compress is zstd or none, not '{compress}'")
     if heal and not audit:
         raise errors.Usage(reason="--heal stores what --audit finds; give both")
-    request = Request(False, full, tuple(disks), tuple(exclude), quiesce, scratch_dir, max_duration)
+    request = Request(False, full, tuple(disks), tuple(exclude), quiesce, scratch_dir, max_duration, allow_plaintext)
     begun = time.monotonic()
     host = session.host
     uuid = host.find(domain_name)

@@ -134,22 +134,23 @@ def changed(
     live: bool = False,
     exact: bool = False,
     scratch_dir: Optional[str] = None,
+    allow_plaintext: bool = False,
 ) -> Changed:
     """The blocks of a disk written after generation `since`, up to `until` (None: the newest); libvirt is not asked.
 
     Both are a generation, a backup id or a change id; `since` may be "*", for all that is allocated at `until`, and
     `until` the generation of an open fleecing point.  The answer begins at byte `start_offset`, inside an extent if it
     must, and has at most `max_results` extents.  With `live` a mark is made first, and is `until` (go on from there by
-    its number); `scratch_dir` is the mark's.  With `exact` both are backups, whose contents are compared: what was
+    its number); `scratch_dir` and `allow_plaintext` are the mark's.  With `exact` both are backups, whose contents are compared: what was
     written with the bytes that were there is left out.
     Errors: NotInRepository, NoSuchDisk; Usage for `since` after `until`, for offsets outside the disk and for what
     cannot be compared; GenerationUnknown, ChangeIdBroken, LineageBroken when the changes are not known; Damaged, also
     while iterating; those of `mark`.
     """
     first = points.since(str(since))
-    _require_sense(until, start_offset, max_results, live=live, exact=exact, scratch_dir=scratch_dir)
+    _require_sense(until, start_offset, max_results, live=live, exact=exact, marking=scratch_dir is not None or allow_plaintext)
     if live:
-        kept, last = _marked(session, domain_name, disk, first, scratch_dir)
+        kept, last = _marked(session, domain_name, disk, first, scratch_dir, allow_plaintext=allow_plaintext)
     else:
         last = points.Latest() if until is None else points.until(str(until))
         kept = _seen(session.stored(domain_name), last)
@@ -187,7 +188,7 @@ def _require_sense(
     *,
     live: bool,
     exact: bool,
-    scratch_dir: Optional[str],
+    marking: bool,
 ) -> None:
     """Before anything is marked.  Errors: Usage."""
     reason = ""
@@ -195,8 +196,8 @@ def _require_sense(
         reason = "--live answers up to the mark that it makes; leave --until out"
     elif live and exact:
         reason = "--exact compares two backups, and --live ends at a mark; run a backup and ask until that"
-    elif scratch_dir is not None and not live:
-        reason = "--scratch-dir is for the mark that --live makes; give both or neither"
+    elif marking and not live:
+        reason = "--scratch-dir and --allow-plaintext are for the mark that --live makes; give it, too, or neither"
     elif start < 0:
         reason = f"offset {start} is not on the disk; offsets begin at 0"
     elif most is not None and most < 1:
@@ -220,7 +221,13 @@ def _seen(kept: store.DomainStore, until: points.Point) -> store.DomainStore:
 
 
 def _marked(
-    session: Session, domain_name: str, disk: str, since: points.Point, scratch_dir: Optional[str]
+    session: Session,
+    domain_name: str,
+    disk: str,
+    since: points.Point,
+    scratch_dir: Optional[str],
+    *,
+    allow_plaintext: bool,
 ) -> Tuple[store.DomainStore, points.Point]:
     from libvirt_cbt.actions.mark import mark  # a question to the repository alone needs no libvirt
 
@@ -231,7 +238,7 @@ def _marked(
         if not kept.generations():
             raise errors.NotInRepository(domain=names.printable(domain_name), repository=session.path)
         changes.span(kept, disk, since, points.Latest())
-    made = mark(session, uuid, scratch_dir=scratch_dir)
+    made = mark(session, uuid, scratch_dir=scratch_dir, allow_plaintext=allow_plaintext)
     for warning in made.warnings:
         session.watch.note(warning)
     return session.repository().domain(uuid), points.Generation(made.generation)

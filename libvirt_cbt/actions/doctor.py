@@ -115,7 +115,7 @@ def _images(session: Session, dom: domain.Domain) -> Finding:
         kept = session.repository().domain(dom.uuid)
     except errors.NoRepository:
         return WARNING, "no backup yet"
-    offline.planned(session, kept, dom, fleecing.Request())
+    offline.planned(session, kept, dom, fleecing.Request(allow_plaintext=True))
     broken = [f"{target}: {why}" for target, why in offline.unusable(kept, dom).items()]
     return (WARNING, "; ".join(broken)) if broken else (OK, "free to be read")
 
@@ -187,6 +187,7 @@ def _chain(session: Session, dom: domain.Domain) -> Finding:
 
 def _disks(dom: domain.Domain) -> Finding:
     weak = [f"{d.target}: {d.unprotected or d.untracked}" for d in dom.disks if d.unprotected or d.untracked]
+    weak += [f"{d.target}: it is encrypted, a backup needs --allow-plaintext" for d in dom.disks if d.encrypted]
     return (WARNING, "; ".join(weak)) if weak else (OK, f"{len(dom.disks)} disks, all tracked")
 
 

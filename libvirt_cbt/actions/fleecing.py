@@ -37,6 +37,7 @@ class Request:
     quiesce: str = "auto"
     scratch_dir: Optional[str] = None
     max_duration: Optional[float] = None
+    allow_plaintext: bool = False
 
     def __post_init__(self) -> None:
         if self.quiesce not in QUIESCE:
@@ -81,6 +82,7 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
         only=request.disks,
         exclude=request.exclude,
         mark=request.mark,
+        allow_plaintext=request.allow_plaintext,
     )
     return drawn(session, kept, dom, request, plans)
 

@@ -11,14 +11,21 @@ from libvirt_cbt.nbdio.lanes import Options
 
 
 def mark(
-    session: Session, domain_name: str, *, quiesce: str = "none", scratch_dir: Optional[str] = None, wait: float = 0.0
+    session: Session,
+    domain_name: str,
+    *,
+    quiesce: str = "none",
+    scratch_dir: Optional[str] = None,
+    wait: float = 0.0,
+    allow_plaintext: bool = False,
 ) -> results.Mark:
     """Makes a domain's next generation, running or off; the next backup still holds all since the last backup.
 
+    `allow_plaintext`: as of backup; of a mark the scratch files of a running guest are in plaintext, nothing else.
     Errors: NoSuchDomain, DomainBusy, ImageInUse, RepositoryBusy, ScratchSpace, HypervisorError, RepositoryError and kin.
     """
     begun = time.monotonic()
-    request = fleecing.Request(mark=True, quiesce=quiesce, scratch_dir=scratch_dir)
+    request = fleecing.Request(mark=True, quiesce=quiesce, scratch_dir=scratch_dir, allow_plaintext=allow_plaintext)
     uuid = session.host.find(domain_name)
     kept = session.repository(make=True).domain(uuid)
     with kept.lock(wait, session.watch.stop):

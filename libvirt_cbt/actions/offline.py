@@ -47,8 +47,9 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
     seen = replace(dom, disks=tuple(disks))
     found, why = _tracking(kept, images)
     plans, unprotected = planning.plan(
-        seen, kept, found, full=request.full, only=request.disks, exclude=request.exclude, mark=request.mark
-    )
+        seen, kept, found, full=request.full, only=request.disks, exclude=request.exclude, mark=request.mark,
+        allow_plaintext=request.allow_plaintext,
+    )  # fmt: skip
     newest = next(iter(found), "")
     for at, one in enumerate(plans):
         # What is in the image and of no use is known here only; of what is not there, planning can say more.

@@ -56,17 +56,20 @@ def plan(
     only: Collection[str] = (),
     exclude: Collection[str] = (),
     mark: bool = False,
+    allow_plaintext: bool = False,
 ) -> Plans:
     """Plans of the disks that join the job, and the disks that are not protected with the reason of each.
 
-    `mark`: no disk is copied, and those that cannot hold a bitmap stay out.  Errors: NoSuchDisk for a name in `only`
-    or `exclude` that the domain does not have; Usage when nothing is left.
+    `mark`: no disk is copied, and those that cannot hold a bitmap stay out.  A disk that QEMU encrypts joins only with
+    `allow_plaintext`.  Errors: NoSuchDisk for a name in `only` or `exclude` that the domain does not have;
+    WouldBePlaintext; Usage when nothing is left.
     """
     for target in (*only, *exclude):
         dom.disk(target)
     history = kept.generations()
     plans: List[DiskPlan] = []
     unprotected: List[manifest.Unprotected] = []
+    sealed: List[str] = []
     for disk in dom.disks:
         left_out = disk.target in exclude or bool(only and disk.target not in only)
         if left_out:
@@ -75,9 +78,17 @@ def plan(
             unprotected.append(manifest.Unprotected(target=disk.target, reason=disk.unprotected))
         elif mark and disk.untracked:
             unprotected.append(manifest.Unprotected(target=disk.target, reason=disk.untracked))
-        # A tracked disk that is left out still joins as a mark, so that its tracking goes on.
-        if not disk.unprotected and not ((left_out or mark) and disk.untracked):
+        plaintext = disk.encrypted and not allow_plaintext
+        # A tracked disk that is left out still joins as a mark, so that its tracking goes on; but whatever joins has a
+        # scratch file, where the old content of what the guest overwrites meanwhile would lie decrypted.
+        if disk.unprotected or ((left_out or mark) and disk.untracked) or (left_out and plaintext):
+            continue
+        if plaintext:
+            sealed.append(disk.target)
+        else:
             plans.append(_disk(disk, kept, history, checkpoints, full=full, mark=left_out or mark))
+    if sealed:
+        raise errors.WouldBePlaintext(domain=names.printable(dom.name), disks=", ".join(sealed))
     if not plans or (not mark and all(p.copy == NOTHING for p in plans)):
         raise errors.Usage(
             reason=f"no disk of domain '{names.printable(dom.name)}' is left: "

@@ -109,6 +109,8 @@ def _warnings(fleece: Fleece) -> List[str]:
             found.append(f"disk {plan.target} was copied in full: {plan.reason}")
         elif not first and plan.base is None:
             found.append(f"disk {plan.target} begins a new lineage: {plan.reason}")
+        if plan.disk.encrypted and plan.copy != copy.NOTHING:
+            found.append(f"disk {plan.target} is encrypted by its QEMU; this backup holds it in plaintext")
     return found
 
 

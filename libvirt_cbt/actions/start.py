@@ -13,7 +13,13 @@ from libvirt_cbt.repository import manifest
 
 
 def start(
-    session: Session, domain_name: str, *, quiesce: str = "auto", scratch_dir: Optional[str] = None, wait: float = 0.0
+    session: Session,
+    domain_name: str,
+    *,
+    quiesce: str = "auto",
+    scratch_dir: Optional[str] = None,
+    wait: float = 0.0,
+    allow_plaintext: bool = False,
 ) -> results.Start:
     """The point stays when this process ends; a guard process ends it before the scratch files' room runs out.
 
@@ -21,7 +27,7 @@ def start(
     Errors: as of mark; PointOpen when one is open already.
     """
     begun = time.monotonic()
-    request = fleecing.Request(mark=True, quiesce=quiesce, scratch_dir=scratch_dir)
+    request = fleecing.Request(mark=True, quiesce=quiesce, scratch_dir=scratch_dir, allow_plaintext=allow_plaintext)
     uuid = session.host.find(domain_name)
     kept = session.repository(make=True).domain(uuid)
     with kept.lock(wait, session.watch.stop):

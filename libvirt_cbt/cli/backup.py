@@ -45,6 +45,7 @@ Examples:
 )
 @click.option("--audit", is_flag=True, help="Read whole disks and compare them with the backups (16 if they differ).")
 @click.option("--heal", is_flag=True, help="With --audit: store what differs.")
+@click.option("--allow-plaintext", is_flag=True, help="Store disks that QEMU encrypts, too: in plaintext.")
 @click.option("--dry-run", is_flag=True, help="Estimate, change nothing.")
 @copying.options
 @click.pass_obj

@@ -39,6 +39,7 @@ HEADER: Final = (
 @click.option("--max-results", metavar="N", type=int, help="At most so many; go on from next_offset.")
 @click.option("--live", is_flag=True, help="Mark first, and answer until then (go on with --until of the answer).")
 @click.option("--scratch-dir", metavar="D", help="With --live: as of mark.")
+@click.option("--allow-plaintext", is_flag=True, help="With --live: as of mark.")
 @click.option("--exact", is_flag=True, help="Between two backups: compare them, and leave out sectors that are equal.")
 @click.option("--format", "fmt", type=click.Choice(["json", "csi", "vmware", "nbdinfo"]), help="Instead of a table.")
 @click.option("--block-size", metavar="BYTES", type=int, help="With csi: blocks of this length (FIXED_LENGTH).")
@@ -53,6 +54,7 @@ def command(
     max_results: Optional[int],
     live: bool,
     scratch_dir: Optional[str],
+    allow_plaintext: bool,
     exact: bool,
     fmt: Optional[str],
     block_size: Optional[int],
@@ -65,7 +67,8 @@ def command(
 
     def job(session: libvirt_cbt.Session) -> Changed:
         ask = partial(libvirt_cbt.changed, session, domain, disk, since=since, max_results=most, exact=exact)
-        found = ask(until=until, start_offset=begin, live=live, scratch_dir=scratch_dir)
+        marking = partial(ask, scratch_dir=scratch_dir, allow_plaintext=allow_plaintext)
+        found = marking(until=until, start_offset=begin, live=live)
         if start_offset <= found.capacity:
             return found
         return ask(until=found.until, start_offset=start_offset)  # which is refused

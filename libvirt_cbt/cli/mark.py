@@ -26,6 +26,7 @@ Examples:
 @click.option("--quiesce", type=click.Choice(["auto", "agent", "none"]), default="none", show_default=True,
               help="Freeze the guest by its agent around the moment.")  # fmt: skip
 @click.option("--scratch-dir", metavar="D", help="Where QEMU keeps what the guest overwrites meanwhile.")
+@click.option("--allow-plaintext", is_flag=True, help="Also of disks that QEMU encrypts: scratch files are not.")
 @click.option("--wait", metavar="SECONDS", type=click.FloatRange(0), default=0.0, help="For another job to end.")
 @click.pass_obj
 def command(settings: output.Settings, /, domains: Tuple[str, ...], **options: Any) -> None:

@@ -154,7 +154,7 @@ def _disk(host: connection.Host, dom: object, row: etree._Element) -> Optional[D
         inodes=_inodes(row, source) if local else (),
         serial=xmldoc.text(row, "serial") or None,
         wwn=xmldoc.text(row, "wwn") or None,
-        encrypted=row.find("encryption") is not None or row.find("source/encryption") is not None,
+        encrypted=row.find(".//encryption") is not None,  # also of a backing file only
         unprotected=unprotected,
         untracked=None if unprotected else _untracked(fmt, source if local else ""),
     )
