@@ -331,6 +331,16 @@ class NotConsistent(CbtError):
     template = "guest '{domain}' could not be frozen: {reason}; use --quiesce auto to go on without"
 
 
+# 18: a script or hook of the administrator's said no
+
+
+class HookStopped(CbtError):
+    """Also for hooks of other packages: whoever raises it in `pre` stops the verb."""
+
+    code = 18
+    template = "{script} stopped the run at {phase}: {reason}; nothing was published"
+
+
 # 20: libvirt or NBD
 
 

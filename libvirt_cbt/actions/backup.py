@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Collection, List, Optional, Tuple
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.actions import auditing, fleecing, opening, planning, pulling, recording, recover, results
+from libvirt_cbt.actions import auditing, fleecing, opening, phases, planning, pulling, recording, recover, results
 from libvirt_cbt.actions.fleecing import Request
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, domain
@@ -40,12 +40,11 @@ def backup(
     `domain_name` is a name, UUID or id; `wait` and `max_duration` are seconds: for other work on the domain to end, and
     for the job to last at most.  `audit` reads whole disks and compares them with the chain; what differs and was not
     told of by a bitmap ends the run (AuditFailed), or with `heal` is stored and counts as changed now.  With
-    `require_all` a disk that cannot be backed up is an error, unless `disks` or `exclude` leave it out.  A disk
-    that QEMU encrypts is stored in plaintext, with `allow_plaintext`, or not at all.  With `dry_run`
-    nothing is changed and the bytes are estimates.
-    Errors: NoSuchDomain, NoSuchDisk, DiskUnprotected, WouldBePlaintext, DomainBusy, ImageInUse, RepositoryBusy, NotConsistent (with
-    quiesce "agent"), ScratchSpace and kin, SourceLost, RepositoryError and kin; nothing is published then, and the next
-    run is an increment.
+    `require_all` a disk that cannot be backed up is an error, unless `disks` or `exclude` leave it out.  A disk that QEMU
+    encrypts is stored in plaintext, with `allow_plaintext`, or not at all.  A `dry_run` estimates and changes nothing.
+    Errors: NoSuchDomain, NoSuchDisk, DiskUnprotected, WouldBePlaintext, DomainBusy, ImageInUse, RepositoryBusy, HookStopped,
+    NotConsistent (with quiesce "agent"), ScratchSpace and kin, SourceLost, RepositoryError and kin; nothing is published
+    then, and the next run is an increment.
     """
     if compress not in ("zstd", "none"):
         raise errors.Usage(reason=f"compress is zstd or none, not '{compress}'")
@@ -53,27 +52,38 @@ def backup(
         raise errors.Usage(reason="--heal stores what --audit finds; give both")
     request = Request(False, full, tuple(disks), tuple(exclude), quiesce, scratch_dir, max_duration, allow_plaintext)
     begun = time.monotonic()
-    host = session.host
-    uuid = host.find(domain_name)
-    kept = session.repository(make=not dry_run).domain(uuid)
     if dry_run:
-        return _estimate(session, kept, request, require_all=require_all)
-    with kept.lock(wait, session.watch.stop):
-        warnings = opening.prepared(session, kept, domain_name, wait)
-        plan = opening.planned(session, kept, request)
-        if require_all:
-            planning.require_all(plan.dom, plan.unprotected)
-        with opening.opened(session, kept, plan) as fleece:
-            fleece.warnings += warnings
-            audits, missed = _audited(session, kept, fleece, options or Options(), heal=heal) if audit else (None, {})
-            zstd = compress == "zstd"
-            reads = pulling.pulled(session, kept, fleece, options or Options(), compress=zstd, missed=missed)
-            fleece.close()
-            made, layers = recording.recorded(fleece, reads)
-            session.watch.stop()
-            fleece.stage.publish(made, layers)
-        recover.retire(session, kept)
-    return recording.backup_result(made, round(time.monotonic() - begun, 3), audits)
+        return _estimate(session, domain_name, request, require_all=require_all)
+    with phases.around(session, "backup", domain_name) as hooks:
+        uuid = session.host.find(domain_name)
+        kept = session.repository(make=True).domain(uuid)
+        with kept.lock(wait, session.watch.stop):
+            warnings = opening.prepared(session, kept, domain_name, wait)
+            plan = _planned(session, kept, request, require_all=require_all)
+            hooks.preflight(plan)
+            with opening.opened(session, kept, plan, hooks) as fleece:
+                fleece.warnings += warnings
+                hooks.ready(fleece)
+                audits, missed = _audited(session, kept, fleece, options or Options(), heal=heal) if audit else (None, {})
+                reads = pulling.pulled(
+                    session, kept, fleece, options or Options(), compress=compress == "zstd", missed=missed
+                )
+                fleece.close()
+                hooks.disks_done(reads)
+                fleece.warnings += hooks.complaints()
+                made, layers = recording.recorded(fleece, reads)
+                session.watch.stop()
+                fleece.stage.publish(made, layers)
+            recover.retire(session, kept)
+        result = recording.backup_result(made, round(time.monotonic() - begun, 3), audits)
+        return replace(result, warnings=result.warnings + hooks.committed(kept, made, result))
+
+
+def _planned(session: Session, kept: store.DomainStore, request: Request, *, require_all: bool) -> fleecing.Plan:
+    plan = opening.planned(session, kept, request)
+    if require_all:
+        planning.require_all(plan.dom, plan.unprotected)
+    return plan
 
 
 def _audited(
@@ -95,10 +105,10 @@ def _audited(
     return audits, missed
 
 
-def _estimate(session: Session, kept: store.DomainStore, request: Request, *, require_all: bool) -> results.Backup:
-    planned = opening.planned(session, kept, request)
-    if require_all:
-        planning.require_all(planned.dom, planned.unprotected)
+def _estimate(session: Session, domain_name: str, request: Request, *, require_all: bool) -> results.Backup:
+    uuid = session.host.find(domain_name)
+    kept = session.repository().domain(uuid)
+    planned = _planned(session, kept, request, require_all=require_all)
     disks = []
     for plan in planned.disks:
         whole = domain.allocation(session.host, kept.uuid, plan.target) if plan.copy == copy.ALL else 0

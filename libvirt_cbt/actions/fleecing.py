@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from typing import Dict, Iterator, List, Optional, Tuple
 
 from libvirt_cbt import errors, names, processes
-from libvirt_cbt.actions import planning
+from libvirt_cbt.actions import phases, planning
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import checkpoints, connection, documents, domain, guard, job, quiesce, scratch
@@ -180,23 +180,30 @@ class Job(Fleece):
     """The point of a running guest: a backup job."""
 
     def __init__(
-        self, session: Session, plan: Plan, stage: staging.Staging, files: scratch.Made, watcher: guard.Guard
+        self,
+        session: Session,
+        plan: Plan,
+        stage: staging.Staging,
+        files: scratch.Made,
+        watcher: guard.Guard,
+        hooks: phases.Phases,
     ) -> None:
         super().__init__(session, plan, stage)
-        self._files, self._guard = files, watcher
+        self._files, self._guard, self._hooks = files, watcher, hooks
         self.warnings = [files.tight] if files.tight else []
 
     def begin(self) -> None:
-        """Freeze, begin, thaw.  Errors: NotConsistent, HypervisorError."""
+        """Freeze, begin, thaw.  Errors: NotConsistent, HookStopped, HypervisorError."""
         plan = self.plan
         self._guard.watch(plan.places)
-        freezes = plan.request.quiesce != "none" and not quiesce.unfreezable(plan.dom)
-        self.stage.advance("freezing", self._guard.process, thaw_owed=freezes)
-        bracket = quiesce.Quiesce(plan.host, plan.dom, plan.request.quiesce, self._guard)
-        _, self.quiesced = bracket.around(lambda: _begin(plan))
-        self.frozen_at = now()
-        self._begun = time.monotonic()
-        self.stage.advance("running", thaw_owed=not self.quiesced.thawed)
+        with self._hooks.bracketed(plan.request.quiesce):
+            freezes = plan.request.quiesce != "none" and not quiesce.unfreezable(plan.dom)
+            self.stage.advance("freezing", self._guard.process, thaw_owed=freezes)
+            bracket = quiesce.Quiesce(plan.host, plan.dom, plan.request.quiesce, self._guard)
+            _, self.quiesced = bracket.around(lambda: _begin(plan), self._hooks.frozen)
+            self.frozen_at = now()
+            self._begun = time.monotonic()
+            self.stage.advance("running", thaw_owed=not self.quiesced.thawed)
 
     def exported(self) -> Dict[str, Exported]:
         """Where each disk can be read, by target."""
@@ -252,16 +259,16 @@ class Job(Fleece):
 
 
 @contextmanager
-def opened(session: Session, kept: store.DomainStore, plan: Plan) -> Iterator[Job]:
+def opened(session: Session, kept: store.DomainStore, plan: Plan, hooks: phases.Phases) -> Iterator[Job]:
     """The open point; whatever fails inside undoes job, checkpoint, scratch and staging.
 
-    Errors: NotConsistent, ScratchSpace, ScratchDenied, HypervisorError, RepositoryError and kin.
+    Errors: NotConsistent, HookStopped, ScratchSpace, ScratchDenied, HypervisorError, RepositoryError and kin.
     """
     sizes = {d.target: d.disk.capacity for d in plan.disks}
     # Left in this order, inside out: the job ends and the checkpoint goes before the scratch files it writes to.
     with guard.Guard(plan.host, plan.dom.uuid) as watcher, staging.begun(kept, plan.intent) as stage:
         with scratch.made(plan.places, sizes, plan.dom.qemu_ids) as files:
-            fleece = Job(session, plan, stage, files, watcher)
+            fleece = Job(session, plan, stage, files, watcher, hooks)
             with _undone_on_error(plan, stage, files):
                 session.watch.stop()
                 fleece.begin()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ContextManager, List
 
-from libvirt_cbt.actions import fleecing, offline, recover, tracking
+from libvirt_cbt.actions import fleecing, offline, phases, recover, tracking
 from libvirt_cbt.actions.fleecing import Fleece, Plan, Request
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, domain, job
@@ -30,6 +30,8 @@ def planned(session: Session, kept: store.DomainStore, request: Request) -> Plan
     return fleecing.planned(session, kept, fleecing.running(session.host, kept.uuid), request)
 
 
-def opened(session: Session, kept: store.DomainStore, plan: Plan) -> ContextManager[Fleece]:
+def opened(session: Session, kept: store.DomainStore, plan: Plan, hooks: phases.Phases) -> ContextManager[Fleece]:
     """Errors: those of fleecing.opened, offline.opened."""
-    return offline.opened(session, kept, plan) if bitmaps.off(plan.dom) else fleecing.opened(session, kept, plan)
+    if bitmaps.off(plan.dom):
+        return offline.opened(session, kept, plan)
+    return fleecing.opened(session, kept, plan, hooks)

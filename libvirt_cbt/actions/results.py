@@ -306,6 +306,7 @@ class Stop:
     id: str
     generation: int
     committed: bool
+    warnings: List[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from typing import Optional
 from urllib.parse import quote
 
-from libvirt_cbt.actions import fleecing, opening, pulling, recording, results
+from libvirt_cbt.actions import fleecing, opening, phases, pulling, recording, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import manifest
@@ -28,19 +28,23 @@ def start(
     """
     begun = time.monotonic()
     request = fleecing.Request(mark=True, quiesce=quiesce, scratch_dir=scratch_dir, allow_plaintext=allow_plaintext)
-    uuid = session.host.find(domain_name)
-    kept = session.repository(make=True).domain(uuid)
-    with kept.lock(wait, session.watch.stop):
-        warnings = opening.prepared(session, kept, domain_name, wait)
-        plan = fleecing.planned(session, kept, fleecing.running(session.host, uuid), request)
-        with fleecing.opened(session, kept, plan) as fleece:
-            fleece.warnings += warnings
-            exports = fleece.exported()
-            reads = pulling.pulled(session, kept, fleece, Options())
-            made, layers = recording.recorded(fleece, reads)
-            fleece.stage.complete(made, layers)
-            session.watch.stop()
-            fleece.stay()
+    with phases.around(session, "start", domain_name) as hooks:
+        uuid = session.host.find(domain_name)
+        kept = session.repository(make=True).domain(uuid)
+        with kept.lock(wait, session.watch.stop):
+            warnings = opening.prepared(session, kept, domain_name, wait)
+            plan = fleecing.planned(session, kept, fleecing.running(session.host, uuid), request)
+            hooks.preflight(plan)
+            with fleecing.opened(session, kept, plan, hooks) as fleece:
+                fleece.warnings += warnings
+                exports = fleece.exported()
+                reads = pulling.pulled(session, kept, fleece, Options())
+                hooks.ready(fleece)
+                fleece.warnings += hooks.complaints()
+                made, layers = recording.recorded(fleece, reads)
+                fleece.stage.complete(made, layers)
+                session.watch.stop()
+                fleece.stay()
     return results.Start(
         domain=made.domain.name,
         uuid=made.domain.uuid,

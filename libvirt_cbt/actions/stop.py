@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from libvirt_cbt import errors, names
-from libvirt_cbt.actions import recover, results
+from libvirt_cbt.actions import phases, recover, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import domain, job
 from libvirt_cbt.repository import manifest, staging, store
@@ -15,19 +17,23 @@ def stop(session: Session, domain_name: str, *, discard: bool = False) -> result
     Errors: NoPointOpen; PointLost when the job ended before, for then what was read cannot be trusted: the point is
     given up; MadeElsewhere.
     """
-    kept = session.live(domain_name)
-    with kept.lock(stop=session.watch.stop):
-        intent = kept.open_point()
-        if intent is None:
-            raise errors.NoPointOpen(domain=names.printable(kept.name))
-        recover.require_here(session, intent)
-        number = kept.next_generation()
+    with phases.around(session, "stop", domain_name) as hooks:
+        kept = session.live(domain_name)
+        with kept.lock(stop=session.watch.stop):
+            intent = kept.open_point()
+            if intent is None:
+                raise errors.NoPointOpen(domain=names.printable(kept.name))
+            recover.require_here(session, intent)
+            number = kept.next_generation()
+            if discard:
+                recover.give_up(session, kept, intent)
+            else:
+                _commit(session, kept, intent)
+                recover.retire(session, kept)
+        result = results.Stop(kept.name, kept.uuid, intent.id, number, committed=not discard)
         if discard:
-            recover.give_up(session, kept, intent)
-        else:
-            _commit(session, kept, intent)
-            recover.retire(session, kept)
-    return results.Stop(kept.name, kept.uuid, intent.id, number, committed=not discard)
+            return result
+        return replace(result, warnings=hooks.committed(kept, kept.require(intent.id), result))
 
 
 def _commit(session: Session, kept: store.DomainStore, intent: manifest.Intent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -29,4 +30,6 @@ def command(settings: output.Settings, domain: str, discard: bool) -> None:
 
 
 def _show(made: results.Stop) -> None:
+    for warning in made.warnings:
+        output.say(f"libvirt-cbt: warning: {warning}", to=sys.stderr)
     output.say(f"{'committed' if made.committed else 'gave up'} generation {made.generation} of {made.domain}, id {made.id}")

@@ -24,6 +24,7 @@ T = TypeVar("T")
 AGENT_SECONDS: Final = 5  # a freeze without this limit blocks until the agent wakes or leaves
 THAW_SECONDS: Final = 2  # with the freeze it stays below the budget
 BUDGET_SECONDS: Final = 8.0  # Windows VSS lets writes go again after 10
+BEGIN_SECONDS: Final = 2.0  # of them are kept for the transaction itself, which takes a tenth
 NURSE_SECONDS: Final = 600.0  # an agent that does not answer is given up then; the next run thaws, too
 NURSE_PAUSE: Final = 0.25
 # The binding raises SystemError when an agent's complaint is no UTF-8.
@@ -51,8 +52,13 @@ class Quiesce:
     def __init__(self, host: connection.Host, dom: domain.Domain, requested: str, guard: Guard) -> None:
         self._host, self._domain, self._requested, self._guard = host, dom, requested, guard
 
-    def around(self, transaction: Callable[[], T]) -> tuple[T, Quiesced]:
-        """Errors: NotConsistent with `agent` when the guest cannot be frozen; those of the transaction."""
+    def around(
+        self, transaction: Callable[[], T], frozen: Callable[[float], None] = lambda _: None
+    ) -> tuple[T, Quiesced]:
+        """`frozen` is called when the guest is, with the seconds for which it may at most keep the transaction waiting.
+
+        Errors: NotConsistent with `agent` when the guest cannot be frozen; those of the transaction and of `frozen`.
+        """
         unable = unfreezable(self._domain) if self._requested != "none" else None
         if self._requested != "none" and not unable:
             unable = self._guard.freezing(BUDGET_SECONDS)
@@ -60,12 +66,12 @@ class Quiesce:
             raise self._refused(unable)
         if self._requested == "none" or unable:
             return transaction(), Quiesced(self._requested, "none", None, unable)
-        result, frozen, thaw, seconds = self._bracketed(transaction)
-        found = [frozen.complaint, thaw.complaint]
+        result, freeze, thaw, seconds = self._bracketed(transaction, frozen)
+        found = [freeze.complaint, thaw.complaint]
         if thaw.complaint:
             found.append(f"a guard process goes on thawing for {NURSE_SECONDS / 60:.0f} minutes")
-        elif not frozen.complaint:
-            found.append(_judge(frozen.count, thaw.count, seconds))
+        elif not freeze.complaint:
+            found.append(_judge(freeze.count, thaw.count, seconds))
         if self._guard.thawed(sure=thaw.complaint is None):
             found.append(f"the thaw watchdog let the guest go on after {BUDGET_SECONDS:.0f} s")
         reason = "; ".join(x for x in found if x) or None
@@ -74,21 +80,25 @@ class Quiesce:
         state = "failed" if reason else "frozen"
         return result, Quiesced(self._requested, state, round(seconds * 1000, 1), reason, thaw.complaint is None)
 
-    def _bracketed(self, transaction: Callable[[], T]) -> tuple[T, _Answer, _Answer, float]:
+    def _bracketed(
+        self, transaction: Callable[[], T], frozen: Callable[[float], None]
+    ) -> tuple[T, _Answer, _Answer, float]:
         dom = self._host.lookup(self._domain.uuid)
         _set_timeout(dom, AGENT_SECONDS)
         thaw = _Answer(0, "the thaw was not tried")
         begun = time.monotonic()
         try:
-            frozen = _asked(dom.fsFreeze, "the freeze failed")
-            if frozen.complaint and self._requested == "agent":
-                raise self._refused(frozen.complaint)
+            freeze = _asked(dom.fsFreeze, "the freeze failed")
+            if freeze.complaint and self._requested == "agent":
+                raise self._refused(freeze.complaint)
+            if freeze.count:
+                frozen(max(0.0, BUDGET_SECONDS - BEGIN_SECONDS - (time.monotonic() - begun)))
             result = transaction()
         except BaseException:
             self._guard.thawed(sure=self._thaw(dom).complaint is None)
             raise
         thaw = self._thaw(dom)
-        return result, frozen, thaw, time.monotonic() - begun
+        return result, freeze, thaw, time.monotonic() - begun
 
     @staticmethod
     def _thaw(dom: object) -> _Answer:

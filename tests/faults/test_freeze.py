@@ -211,3 +211,55 @@ def test_a_real_guest_writes_again_after_its_tool_was_killed(
     until(lambda: not guards(guest.uuid), 10, "the guard process stays")
     made = tool.run("backup", guest.name, "--quiesce", "agent").result
     assert made["quiesce"]["result"] == "frozen"
+
+
+NOW = "cut -d ' ' -f 1 /proc/uptime"  # the clock of time.monotonic(), in hundredths of a second
+
+
+@pytest.mark.fault(23)
+def test_scripts_bracket_the_freeze_and_what_runs_inside_is_cut_short(tool: Tool, pair: Pair, tmp_path: Path) -> None:
+    guest, agent = pair
+    for phase in ("pre-freeze", "post-freeze", "post-thaw"):
+        tool.script(phase, "10_when", f"{NOW} > {tmp_path}/{phase}")
+    hangs = tool.script("post-freeze", "20_hangs", "sleep 3600")
+    result, warnings = quiesced(tool, guest)
+    assert result == "frozen"
+    assert warnings == f"post-freeze: {hangs} was ended when its time was up"
+    ((since, until_),) = agent.intervals
+    assert until_ - since < BUDGET
+    before, inside, after = (float((tmp_path / p).read_text()) for p in ("pre-freeze", "post-freeze", "post-thaw"))
+    assert before - 0.01 < since < inside + 0.01
+    assert inside - 0.01 < until_ < after + 0.01
+
+
+@pytest.mark.fault(24)
+@pytest.mark.parametrize("phase", ["pre-freeze", "post-freeze"])
+def test_a_script_that_says_no_leaves_no_guest_frozen(tool: Tool, pair: Pair, tmp_path: Path, phase: str) -> None:
+    guest, agent = pair
+    tool.script(phase, "10_no", "exit 2")
+    tool.script("post-thaw", "10_thaw", f"echo thawed >> {tmp_path}/thawed")
+    assert tool.run("backup", guest.name).code == 18
+    assert (agent.freezes, agent.frozen) == (1 if phase == "post-freeze" else 0, False)
+    assert (tmp_path / "thawed").read_text() == "thawed\n"
+    tool.nothing_left(guest, checkpoints=0)  # type: ignore[arg-type]
+    until(lambda: not guards(guest.uuid), 10, "the guard process stays")
+
+
+@pytest.mark.fault(24)
+def test_a_tool_that_is_killed_leaves_neither_a_frozen_guest_nor_its_script(
+    tool: Tool, pair: Pair, tmp_path: Path
+) -> None:
+    guest, agent = pair
+    hangs = tool.script("post-freeze", "10_hangs", f"echo $$ > {tmp_path}/pid; mv {tmp_path}/pid {tmp_path}/runs; sleep 3600")
+    thaw = tool.script("post-thaw", "10_thaw", f"touch {tmp_path}/thawed")
+    process = tool.start("backup", guest.name)
+    until((tmp_path / "runs").exists, 30, "the script was not run")
+    process.kill()
+    process.wait()
+    until(lambda: not agent.frozen, BUDGET, "still frozen")
+    pid = int((tmp_path / "runs").read_text())
+    until(lambda: not os.path.exists(f"/proc/{pid}"), 30, "the script outlives the tool")
+    until((tmp_path / "thawed").exists, 30, "post-thaw was not run")
+    hangs.unlink()
+    thaw.unlink()
+    assert quiesced(tool, guest) == ("frozen", "")

@@ -221,7 +221,11 @@ class Daemon:
 
     def environment(self) -> Dict[str, str]:
         """What the tool needs to know of this daemon, to be laid over os.environ."""
-        return {"LIBVIRT_DEFAULT_URI": self.uri, "LIBVIRT_CBT_RUN_DIR": self.run_dir}
+        return {
+            "LIBVIRT_DEFAULT_URI": self.uri,
+            "LIBVIRT_CBT_RUN_DIR": self.run_dir,
+            "LIBVIRT_CBT_HOOKS_DIR": os.path.join(self.root, "hooks.d"),  # not the host's; there is none
+        }
 
     def inside(self, path: str) -> str:
         """How a path of the daemon's mount namespace (/run/libvirt/...) is reached from outside."""

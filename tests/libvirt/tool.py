@@ -35,6 +35,7 @@ class Tool:
 
     def __init__(self, host: daemon.Daemon, repository: str) -> None:
         self.host, self.repository = host, repository
+        self.hooks = f"{repository}.hooks.d"
         self.run("init")
 
     def argv(self, command: str, *arguments: str) -> List[str]:
@@ -42,7 +43,15 @@ class Tool:
         return [COMMAND, "-r", self.repository, "--json", command, *arguments, *scratch]
 
     def environment(self) -> Dict[str, str]:
-        return {**os.environ, **self.host.environment()}
+        return {**os.environ, **self.host.environment(), "LIBVIRT_CBT_HOOKS_DIR": self.hooks}
+
+    def script(self, phase: str, name: str, text: str) -> Path:
+        """An administrator's script, of shell, for a phase of later runs."""
+        path = Path(self.hooks, phase, name)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        path.chmod(0o755)
+        return path
 
     def run(self, command: str, *arguments: str, repository: Optional[str] = None) -> Ended:
         argv = self.argv(command, *arguments)
