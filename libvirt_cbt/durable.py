@@ -158,9 +158,12 @@ def remove_directory(path: str, last: str = "") -> None:
 
     The file `last` goes after all others: a crash half-way leaves a directory that still says what it was.
     """
-    with os.scandir(path) as entries:
-        files = sorted(entries, key=lambda entry: entry.name == last)
-    for entry in files:
-        os.unlink(entry.path)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        # By this descriptor: a link that takes the directory's place meanwhile leads nobody to another's files.
+        for name in sorted(os.listdir(fd), key=lambda name: name == last):
+            os.unlink(name, dir_fd=fd)
+    finally:
+        os.close(fd)
     os.rmdir(path)
     sync_directory(os.path.dirname(path))

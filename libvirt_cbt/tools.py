@@ -15,6 +15,8 @@ PACKAGES: Final[Dict[str, str]] = {
     "qemu-storage-daemon": "qemu-system-common (Debian) or qemu-storage-daemon (Fedora)",
 }
 
+UMASK: Final = 0o077  # of every program of ours: its files and sockets are for us alone from their first moment
+
 
 def find(tool: str) -> str:
     """The absolute path of a tool.  Errors: ToolMissing with the package to install."""
@@ -26,8 +28,16 @@ def find(tool: str) -> str:
     return found
 
 
-def run(argv: Sequence[str], *, timeout: float = 600) -> str:
-    """Standard output of a tool that succeeds.  Errors: ToolMissing, ToolFailed with its last line of stderr."""
+def descriptor(fd: int) -> str:
+    """The name under which a program that inherits `fd` can open the file behind it, whatever its path leads to by now."""
+    return f"/proc/self/fd/{fd}"
+
+
+def run(argv: Sequence[str], *, timeout: float = 600, keep: Sequence[int] = ()) -> str:
+    """Standard output of a tool that succeeds; it inherits the descriptors `keep`.
+
+    Errors: ToolMissing, ToolFailed with its last line of stderr.
+    """
     command = [find(argv[0]), *argv[1:]]
     try:
         # A session of its own: Ctrl-C in the terminal is for us to handle, not for qemu-img to die of half-way.
@@ -38,6 +48,8 @@ def run(argv: Sequence[str], *, timeout: float = 600) -> str:
             capture_output=True,
             timeout=timeout,
             start_new_session=True,
+            umask=UMASK,
+            pass_fds=keep,
             env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:

@@ -7,7 +7,7 @@ from typing import Dict, List, Tuple
 
 import numpy as np
 
-from libvirt_cbt import errors, extents
+from libvirt_cbt import errors, extents, places
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.session import Session
@@ -30,6 +30,7 @@ def audited(
     plan = fleece.plan
     exports = fleece.exported()
     with ExitStack() as stack:
+        run_dir = stack.enter_context(server.run_dir(places.run_root()))
         found: Dict[str, List[extents.Extents]] = {}
         disks = []
         for disk in plan.disks:
@@ -45,7 +46,7 @@ def audited(
                 audit.Compare(
                     target=disk.target,
                     source=server.Endpoint(export.socket, export.export),
-                    chain=stack.enter_context(server.chain(layers, plan.places.run_dir)),
+                    chain=stack.enter_context(server.chain(layers, run_dir)),
                     capacity=disk.disk.capacity,
                     bitmap=export.context,
                     also=marks.union,

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Final, Iterator, List, Optional, Tuple
 
-from libvirt_cbt import durable, errors, names, places, points, processes
+from libvirt_cbt import durable, errors, folders, names, places, points, processes
 from libvirt_cbt.actions import defining as stored
 from libvirt_cbt.actions import reading, results
 from libvirt_cbt.actions.session import Session
@@ -156,7 +156,7 @@ def _made(
     exports = [_export(kept, generation, disk) for disk in disks]
     try:
         _begin(record, group)
-        os.makedirs(os.path.dirname(record.folder), mode=0o711, exist_ok=True)
+        folders.root(os.path.dirname(record.folder))
         os.mkdir(record.folder)
         os.chmod(record.folder, 0o711)  # noqa: S103 -- QEMU's user enters it
         nvram = os.path.join(record.folder, "VARS.fd") if variables is not None else None
@@ -264,9 +264,18 @@ def _remove(session: Session, record: _Record) -> List[str]:
             done += made.remove(session.host, uuid)
     except errors.NoSuchDomain:
         pass  # never defined, or undefined by hand
-    done += standing.end(record.run_dir)
-    for path in (record.folder, record.run_dir):
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path, ignore_errors=True)
-            done.append(f"removed {path}")
+    for path in filter(_ours, (record.run_dir, record.folder)):
+        done += standing.end(path)
+        shutil.rmtree(path, ignore_errors=True)
+        done.append(f"removed {path}")
     return done
+
+
+def _ours(path: str) -> bool:
+    """Whether a folder is there and nobody else has laid it out: records come from domains, too, and who may define one
+    could name a folder of his own, with a link to another program's socket in it.
+    """
+    try:
+        return os.path.isdir(path) and not os.path.islink(path) and folders.foreign(path) is None
+    except OSError:
+        return False

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import time
 from contextlib import ExitStack
@@ -124,30 +123,35 @@ def _write(
     """Step 1: the new image beside the old, with its owner and mode, read again as a whole."""
     new = image.path + NEW
     try:
-        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
-        with restore.image(new, image.format, image.disk.capacity) as output:
-            writing.write(session, kept, generation, image.disk, output, options)
-        _compare(kept, generation, image)
-        status = os.stat(image.path)
-        os.chown(new, status.st_uid, status.st_gid)
-        shutil.copymode(image.path, new)
-        durable.sync_file(new)
+        # By its descriptor from here on: the folder may be another user's, who can exchange the names in it.
+        fd = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with restore.image(fd, image.format, image.disk.capacity) as output:
+                writing.write(session, kept, generation, image.disk, output, options)
+            _compare(kept, generation, image, fd)
+            status = os.stat(image.path)
+            os.fchown(fd, status.st_uid, status.st_gid)
+            os.fchmod(fd, stat.S_IMODE(status.st_mode) & 0o777)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         durable.sync_directory(os.path.dirname(new))
     except OSError as e:
         raise errors.OutputFailed(path=new, reason=e.strerror or str(e)) from None
 
 
-def _compare(kept: store.DomainStore, generation: manifest.Manifest, image: _Image) -> None:
+def _compare(kept: store.DomainStore, generation: manifest.Manifest, image: _Image, fd: int) -> None:
     """What was written, read back and held against the chain.  Errors: OutputFailed."""
     layers = [link.layer for link in kept.chain(generation.id, image.disk.target)]
     with server.run_dir(places.run_root()) as run_dir, server.chain(layers, run_dir) as chain:
         export = {"driver": "nbd", "server": {"type": "unix", "path": chain.socket}, "export": chain.export}
         below = {"driver": "raw", "file": export}
-        written = {"driver": image.format, "file": {"driver": "file", "filename": image.path + NEW}}
+        written = {"driver": image.format, "file": {"driver": "file", "filename": tools.descriptor(fd)}}
         try:
             tools.run(
                 ["qemu-img", "compare", "-q", "json:" + json.dumps(written), "json:" + json.dumps(below)],
                 timeout=7 * 86400,
+                keep=(fd,),
             )
         except errors.ToolFailed as e:
             raise errors.OutputFailed(path=image.path + NEW, reason=f"it reads back differently: {e}") from None

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Dict, Final, Iterator, List, Tuple
 
-from libvirt_cbt import errors, names
+from libvirt_cbt import errors, folders, names
 from libvirt_cbt.actions import fleecing, planning
 from libvirt_cbt.actions.fleecing import Exported, Fleece, Plan, Request
 from libvirt_cbt.actions.session import Session
@@ -217,9 +217,7 @@ def opened(session: Session, kept: store.DomainStore, plan: Plan) -> Iterator[St
 def _make_run_dir(path: str) -> None:
     parent = os.path.dirname(path)
     try:
-        if not os.path.isdir(parent):
-            os.makedirs(os.path.dirname(parent), mode=0o755, exist_ok=True)
-            os.mkdir(parent, 0o711)
+        folders.root(parent)
         os.mkdir(path, 0o700)
     except OSError as e:
         raise errors.HypervisorError(reason=f"cannot make a folder for sockets in {parent}: {e.strerror}") from None

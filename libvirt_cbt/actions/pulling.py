@@ -9,7 +9,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Dict, Iterator, List, Mapping, Optional
 
-from libvirt_cbt import errors, extents
+from libvirt_cbt import errors, extents, places
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.session import Session
@@ -43,6 +43,7 @@ def pulled(
     plan = fleece.plan
     exports = fleece.exported()
     with ExitStack() as stack:
+        run_dir = stack.enter_context(server.run_dir(places.run_root()))  # the job's own folder is QEMU's, too
         deltas: Dict[str, npy.Writer] = {}
         contents: Dict[str, npy.Writer] = {}
         pulls = []
@@ -51,7 +52,7 @@ def pulled(
             sink = None
             if disk.copy != copy.NOTHING:
                 contents[disk.target] = fleece.stage.contents(disk.target)
-                sink = stack.enter_context(_sink(fleece, disk, compress=compress))
+                sink = stack.enter_context(_sink(fleece, disk, run_dir, compress=compress))
             # Only an increment copies what marks since its parent recorded; for the others the range is empty.
             after = disk.since if disk.copy == copy.DIRTY else disk.base or 0
             earlier = stack.enter_context(kept.deltas(disk.target, after, disk.base or 0, lineage=disk.lineage))
@@ -83,11 +84,11 @@ def _nowhere(_: extents.Extents) -> None:
 
 
 @contextmanager
-def _sink(fleece: Fleece, disk: DiskPlan, *, compress: bool) -> Iterator[copy.Sink]:
+def _sink(fleece: Fleece, disk: DiskPlan, run_dir: str, *, compress: bool) -> Iterator[copy.Sink]:
     path = fleece.stage.layer(disk.target)
     backing = store.layer_backing(disk.parent, disk.target)
     qcow2.create_layer(path, disk.disk.capacity, backing=backing, compress=compress)
-    with server.sink(path, fleece.plan.places.run_dir, compress=compress) as endpoint:
+    with server.sink(path, run_dir, compress=compress) as endpoint:
         yield copy.Sink(endpoint, path, has_parent=disk.parent is not None)
 
 

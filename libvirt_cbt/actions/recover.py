@@ -10,9 +10,11 @@ import socket
 from typing import List, Tuple
 
 from libvirt_cbt import errors, names, processes
+from libvirt_cbt import places as machine
 from libvirt_cbt.actions import offline, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, checkpoints, connection, domain, job, pace, quiesce, scratch
+from libvirt_cbt.nbdio import server
 from libvirt_cbt.repository import manifest, staging, store
 
 
@@ -22,6 +24,7 @@ def recover(session: Session, domain_name: str) -> results.Recover:
     with kept.lock():
         done, left = reconcile(session, kept)
         done += retire(session, kept)
+        done += [f"removed {path}" for path in server.sweep(machine.run_root())]
         return results.Recover(domain=kept.name, actions=done, left=left)
 
 

@@ -54,8 +54,13 @@ def replace(path: str, data: bytes) -> None:
     part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)[:100]}.{secrets.token_hex(8)}")
     try:
         try:
-            durable.write_new(part, data)
-            _alike(path, part)
+            fd = durable.create(part)
+            try:
+                durable.write_all(fd, data)
+                _alike(path, fd)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
             os.replace(part, path)
         except OSError:
             if os.path.lexists(part):
@@ -66,7 +71,7 @@ def replace(path: str, data: bytes) -> None:
         raise errors.OutputFailed(path=path, reason=e.strerror) from None
 
 
-def _alike(path: str, part: str) -> None:
+def _alike(path: str, part: int) -> None:
     try:
         before = os.lstat(path)
     except FileNotFoundError:
@@ -74,7 +79,7 @@ def _alike(path: str, part: str) -> None:
     # Of somebody else's, in a directory that all may write to, neither mode nor group is what our user has chosen.
     if stat.S_ISREG(before.st_mode) and before.st_uid == os.geteuid():
         try:
-            os.chown(part, -1, before.st_gid)
+            os.fchown(part, -1, before.st_gid)
         except PermissionError:
             return  # a group that we are not in (any more)
-        os.chmod(part, before.st_mode & 0o666)
+        os.fchmod(part, before.st_mode & 0o666)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Collection, ContextManager, Iterator, List, Mapping, Optional
 
-from libvirt_cbt import durable, errors, places, points, processes
+from libvirt_cbt import errors, folders, places, points, processes, tools
 from libvirt_cbt.actions import reading, recording, results, writing
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import check, qcow2, server, targets
@@ -49,6 +49,7 @@ def restore(
     """
     begun = time.monotonic()
     to = dict(to or {})
+    output = os.path.abspath(output) if output else None
     _require_sense(output, disks, fmt, to, define=define, start=start, same_identity=same_identity)
     kept = session.stored(domain_name)
     generation = reading.with_data(kept, points.at(at))
@@ -61,21 +62,21 @@ def restore(
     if output:
         _prepare(output, list(paths.values()))
     if domain:
-        domain.require_free(os.path.abspath(output or ""))
+        domain.require_free(output or "")
     lost: Optional[List[results.Lost]] = [] if salvage else None
     with ExitStack() as stack:
         stack.enter_context(pins.reading(kept, generation.id, [d.target for d in wanted], session.watch.stop))
         parts = {target: stack.enter_context(_part(path)) for target, path in paths.items()}
         for disk in wanted:
-            with _output(session, disk, to.get(disk.target), parts.get(disk.target, ""), fmt) as where:
+            with _output(session, disk, to.get(disk.target), parts.get(disk.target, -1), fmt) as where:
                 writing.write(
                     session, kept, generation, disk, where, options or Options(),
                     ordered=where.put is not None, salvaged=lost,
                 )  # fmt: skip
     files = [
-        results.RestoredFile(d.target, to.get(d.target) or os.path.abspath(paths[d.target]), d.capacity) for d in wanted
+        results.RestoredFile(d.target, to.get(d.target) or paths[d.target], d.capacity) for d in wanted
     ]
-    made, warnings = domain.finish(files, os.path.abspath(output or ""), fmt, start=start) if domain else (None, [])
+    made, warnings = domain.finish(files, output or "", fmt, start=start) if domain else (None, [])
     return results.Restore(
         domain=kept.name,
         backup=generation.id,
@@ -130,7 +131,10 @@ def _defining(
 
 def _prepare(output: str, paths: List[str]) -> None:
     try:
-        os.makedirs(output, exist_ok=True)
+        reason = folders.exposed(output)
+        if reason:
+            raise errors.OutputFailed(path=output, reason=reason)
+        folders.make(output, 0o755, exact=False)
     except OSError as e:
         raise errors.OutputFailed(path=output, reason=e.strerror) from None
     for path in paths:
@@ -139,25 +143,32 @@ def _prepare(output: str, paths: List[str]) -> None:
 
 
 @contextmanager
-def _part(path: str) -> Iterator[str]:
-    """A new file beside `path` that gets its name at the end, durably; removed when anything fails."""
+def _part(path: str) -> Iterator[int]:
+    """A new file beside `path` that gets its name at the end, durably; removed when anything fails.
+
+    It is known by its descriptor alone: whoever owns the folder may exchange names in it, not what is written to.
+    """
     part = f"{path}.part-{processes.tag()}"
     try:
         _sweep(path)
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+        fd = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as e:
         raise errors.OutputFailed(path=part, reason=e.strerror) from None
     try:
-        yield part
-        durable.sync_file(part)
+        yield fd
+        os.fsync(fd)
         try:
-            os.link(part, path)  # unlike rename it fails when somebody made the file meanwhile
+            # Unlike a rename it fails when somebody made the file meanwhile.  Only with a dir_fd, which an absolute path
+            # ignores, does Python ask the kernel to follow the descriptor to its file: linkat(2), AT_SYMLINK_FOLLOW.
+            os.link(tools.descriptor(fd), path, src_dir_fd=fd)
         except FileExistsError:
             raise errors.TargetExists(path=path) from None
     except OSError as e:
         raise errors.OutputFailed(path=path, reason=e.strerror) from None
     finally:
-        os.unlink(part)
+        os.close(fd)
+        with suppress(FileNotFoundError):
+            os.unlink(part)
 
 
 def _sweep(path: str) -> None:
@@ -170,7 +181,7 @@ def _sweep(path: str) -> None:
 
 
 def _output(
-    session: Session, disk: manifest.ManifestDisk, place: Optional[str], part: str, fmt: str
+    session: Session, disk: manifest.ManifestDisk, place: Optional[str], part: int, fmt: str
 ) -> ContextManager[check.Output]:
     if not place:
         return image(part, fmt, disk.capacity)
@@ -184,13 +195,13 @@ def _output(
 
 
 @contextmanager
-def image(path: str, fmt: str, capacity: int) -> Iterator[check.Output]:
-    """An existing, empty file as an image of `capacity` bytes."""
+def image(fd: int, fmt: str, capacity: int) -> Iterator[check.Output]:
+    """An empty file, open for reading and writing, as an image of `capacity` bytes."""
+    path = os.readlink(tools.descriptor(fd))  # for messages
     if fmt == "raw":
-        with open(path, "r+b", buffering=0) as file:
-            os.truncate(file.fileno(), capacity)
-            yield check.Output(path, fd=file.fileno())
+        os.truncate(fd, capacity)
+        yield check.Output(path, fd=fd)
         return
-    qcow2.create_image(path, capacity)
-    with server.run_dir(places.run_root()) as run_dir, server.image(path, "qcow2", run_dir) as endpoint:
+    qcow2.create_image(fd, capacity)
+    with server.run_dir(places.run_root()) as run_dir, server.image(fd, run_dir) as endpoint:
         yield check.Output(path, endpoint=endpoint)

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Dict, Final, Iterator, List, Mapping, Optional, Tuple
 
-from libvirt_cbt import errors, names, tools
-from libvirt_cbt import places as folders
+from libvirt_cbt import errors, folders, names, tools
+from libvirt_cbt import places as machine
 
 SOCKET_PATH_MAX: Final = 107
 ROOM_FLOOR: Final = 4 * 1024 * 1024  # a job is not begun with less
@@ -44,7 +44,7 @@ def scratch_root(asked: Optional[str]) -> str:
 
 def places(backup: names.BackupId, targets: List[str], scratch_dir: Optional[str]) -> Places:
     """Errors: ScratchDenied when the socket's path would be too long for the kernel."""
-    run_dir = os.path.join(folders.run_root(), backup)
+    run_dir = os.path.join(machine.run_root(), backup)
     socket = os.path.join(run_dir, "nbd.sock")
     if len(os.fsencode(socket)) > SOCKET_PATH_MAX:
         raise errors.ScratchDenied(
@@ -86,7 +86,7 @@ def _make(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int,
         if free < ROOM_FLOOR:
             raise errors.ScratchSpace(directory=directory, free=free, needed=ROOM_FLOOR)
         for path in where.scratch.values():
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
         commands = [
             ["qemu-img", "create", "-q", "-f", "qcow2", path, str(sizes[target])] for target, path in where.scratch.items()
         ]
@@ -127,10 +127,7 @@ def _capacity(path: str) -> int:
 
 def _make_directories(where: Places, qemu_ids: Optional[Tuple[int, int]]) -> None:
     for path, shared in ((where.run_dir, 0o730), (where.directory, 0o710)):
-        parent = os.path.dirname(path)
-        if not os.path.isdir(parent):
-            os.makedirs(os.path.dirname(parent), mode=0o755, exist_ok=True)
-            os.mkdir(parent, 0o711)  # to be passed through, not listed
+        folders.root(os.path.dirname(path))
         os.mkdir(path, 0o700)
         if qemu_ids and os.geteuid() == 0:
             os.chown(path, 0, qemu_ids[1])

@@ -44,9 +44,10 @@ def alone(path: str) -> Dict[str, Any]:
     return {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
 
 
-def create_image(path: str, size: int) -> None:
-    """An empty qcow2 image without a backing file."""
-    tools.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", path, str(size)])
+def create_image(fd: int, size: int) -> None:
+    """An empty qcow2 image without a backing file in a file that is open for reading and writing."""
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", tools.descriptor(fd), str(size)]
+    tools.run(argv, keep=(fd,))
 
 
 def create_overlay(path: str, size: int, socket: str, export: str) -> None:

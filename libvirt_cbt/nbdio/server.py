@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Iterator, List, Optional, Sequence
 
-from libvirt_cbt import errors, names, processes, tools
+from libvirt_cbt import errors, folders, names, processes, tools
 from libvirt_cbt.nbdio import qcow2
 
 START_SECONDS: Final = 30.0
@@ -47,11 +47,11 @@ def sink(layer: str, run_dir: str, *, compress: bool) -> Iterator[Endpoint]:
 
 
 @contextmanager
-def image(path: str, fmt: str, run_dir: str) -> Iterator[Endpoint]:
-    """One image of a restore, for writing."""
+def image(fd: int, run_dir: str) -> Iterator[Endpoint]:
+    """One qcow2 image of a restore, open for reading and writing."""
     where = os.path.join(run_dir, "image.sock")
     argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--export-name=image", f"--socket={where}"]
-    with running([*argv, f"--format={fmt}", "--", path], where):
+    with running([*argv, "--format=qcow2", "--", tools.descriptor(fd)], where, keep=(fd,)):
         yield Endpoint(where, "image")
 
 
@@ -110,7 +110,7 @@ def chain(paths: Sequence[str], run_dir: str) -> Iterator[Endpoint]:
 def run_dir(root: str) -> Iterator[str]:
     """A directory of our own for sockets, mode 0700."""
     try:
-        os.makedirs(root, mode=0o711, exist_ok=True)
+        folders.root(root)
         sweep(root)
         path = tempfile.mkdtemp(prefix=f"{READERS}{processes.tag()}.", dir=root)
     except OSError as e:
@@ -147,8 +147,11 @@ def alone(path: str) -> str:
 
 
 @contextmanager
-def running(argv: List[str], path: str) -> Iterator[None]:
-    """A server of ours that listens on `path`, up to its greeting; ended by its process id.  Errors: ToolFailed."""
+def running(argv: List[str], path: str, keep: Sequence[int] = ()) -> Iterator[None]:
+    """A server of ours that listens on `path`, up to its greeting; ended by its process id.
+
+    It inherits the descriptors `keep`.  Errors: ToolFailed.
+    """
     if len(os.fsencode(path)) > 107:
         raise errors.HypervisorError(
             reason=f"the socket path {path} is too long; set LIBVIRT_CBT_RUN_DIR to a shorter one"
@@ -161,6 +164,8 @@ def running(argv: List[str], path: str) -> Iterator[None]:
             stdout=subprocess.DEVNULL,
             stderr=complaints,
             start_new_session=True,
+            umask=tools.UMASK,
+            pass_fds=keep,
         )
         try:
             _wait_started(process, argv[0], path, complaints)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Callable, Final, Iterator, List, Optional, Sequence, Tuple
 from urllib.parse import quote
 
-from libvirt_cbt import errors, tools
+from libvirt_cbt import errors, folders, tools
 from libvirt_cbt.nbdio import bitmapfile, client, qcow2, server
 
 LONGEST: Final = 107  # bytes in the path of a unix socket
@@ -129,6 +129,9 @@ def _private(path: str) -> Iterator[Tuple[str, int]]:
     """A folder of mode 0700 beside `path`, and where the sweeper is told which inode is ours (in ASCII, "device:inode")."""
     folder = os.path.dirname(path)
     try:
+        reason = folders.exposed(folder)
+        if reason:
+            raise errors.OutputFailed(path=path, reason=reason)
         private = tempfile.mkdtemp(prefix=PRIVATE, dir=folder)
     except OSError as e:
         raise errors.OutputFailed(path=folder, reason=e.strerror) from None

@@ -35,10 +35,14 @@ def start(exports: Sequence[serving.Export], folder: str, group: Optional[int], 
     argv += ["--nbd-server", f"addr.type=unix,addr.path={path.replace(',', ',,')},max-connections=0"]
     for number, export in enumerate(exports):
         argv += serving.arguments(export, number)
-    with open(os.path.join(folder, LOG), "xb") as log:
+    log = os.open(os.path.join(folder, LOG), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
         subprocess.run(
-            argv, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, cwd="/", pass_fds=keep
-        )
+            argv, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, cwd="/", pass_fds=keep,
+            umask=tools.UMASK,
+        )  # fmt: skip
+    finally:
+        os.close(log)
     if not _answers(path):
         end(folder)
         server.require_open([layer for export in exports for layer in export.layers])

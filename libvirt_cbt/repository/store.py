@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Callable, ContextManager, Final, Iterator, List, Optional
 
-from libvirt_cbt import durable, errors, extents, names, points
+from libvirt_cbt import durable, errors, extents, folders, names, points
 from libvirt_cbt.repository import history, lock, npy
 from libvirt_cbt.repository.manifest import Intent, Layers, Manifest, RepositoryFile
 
@@ -30,6 +30,7 @@ class Repository:
     def init(path: str) -> Repository:
         """Makes a repository in a new or empty directory.  Errors: RepositoryError, RepositoryForeign, RepositoryDenied."""
         with durable.explained(path, path):
+            _require_sheltered(path)
             if os.path.lexists(path):
                 if not os.path.isdir(path):
                     raise errors.RepositoryForeign(repository=path)
@@ -40,7 +41,7 @@ class Repository:
                     raise errors.RepositoryForeign(repository=path)
                 os.chmod(path, durable.DIRECTORY_MODE)
             else:
-                os.makedirs(os.path.dirname(path) or "/", mode=0o755, exist_ok=True)
+                folders.make(os.path.dirname(os.path.abspath(path)), 0o755)
                 durable.make_directory(path)
             identity = secrets.token_hex(8)
             durable.replace(os.path.join(path, FILE), RepositoryFile(id=identity).dump())
@@ -69,6 +70,7 @@ class Repository:
                 )
             if status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
                 raise errors.RepositoryDenied(repository=path, reason=f"it belongs to user {status.st_uid}")
+            _require_sheltered(path)
             return Repository(path, RepositoryFile.load(file).id)
 
     def domain(self, uuid: names.DomainUuid) -> DomainStore:
@@ -111,6 +113,13 @@ class Repository:
         if not matches:
             raise errors.NotInRepository(domain=names.printable(domain), repository=self.path)
         return matches[0]
+
+
+def _require_sheltered(path: str) -> None:
+    """Errors: RepositoryDenied where others could put another folder in the place of the repository."""
+    reason = folders.exposed(os.path.abspath(path))
+    if reason:
+        raise errors.RepositoryDenied(repository=path, reason=reason)
 
 
 def _canonical(entry: str) -> bool:

@@ -40,10 +40,10 @@ def test_into_a_qcow2_image(folder: str) -> None:
     chain = history(folder, 4, 5 * MIB + 512)
     path, raw = f"{folder}/restored.qcow2", f"{folder}/restored.raw"
     size = len(chain.layers[0].model)
-    qcow2.create_image(path, size)
     read = 0
-    with server.layers([x.path for x in chain.layers[::-1]], folder) as sources:
-        with server.image(path, "qcow2", folder) as endpoint:
+    with server.layers([x.path for x in chain.layers[::-1]], folder) as sources, open(path, "x+b") as file:
+        qcow2.create_image(file.fileno(), size)
+        with server.image(file.fileno(), folder) as endpoint:
             output = check.Output(path, endpoint=endpoint)
             read = check.check(
                 "vda",

@@ -183,8 +183,9 @@ def test_odd_names(folder: str) -> None:
         pass
     with server.chain([path, layer(odd, "sdb:1,x.qcow2")], odd):
         pass
-    with server.sink(path, odd, compress=True), server.image(layer(odd, "i,m.qcow2"), "qcow2", odd):
-        pass
+    with open(layer(odd, "i,m.qcow2"), "r+b") as image:
+        with server.sink(path, odd, compress=True), server.image(image.fileno(), odd):
+            pass
 
 
 TOOL = """
