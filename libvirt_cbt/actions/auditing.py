@@ -7,7 +7,7 @@ from typing import Dict, List, Tuple
 
 import numpy as np
 
-from libvirt_cbt import errors, extents, places
+from libvirt_cbt import extents, places
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.session import Session
@@ -53,12 +53,10 @@ def audited(
                     differs=found[disk.target].append,
                 )
             )
-        try:
+        with fleece.reading():
             counts = audit.compare(
                 disks, options, progress=session.watch.progress, stop=fleece.stop, alive=fleece.alive
             )
-        except (errors.SourceLost, errors.NbdError) as e:
-            raise fleece.lost(e) from None
     missed = {target: extents.coalesce(np.concatenate([extents.empty(), *rows])) for target, rows in found.items()}
     return [_result(one, missed[one.target]) for one in counts], missed
 

@@ -172,6 +172,25 @@ class Fleece(ABC):
         """Why a copy really failed."""
 
     @abstractmethod
+    def let_go(self) -> None:
+        """Ends the point because it could not be read to its end."""
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around a copy.  One that fails lets the guest go first: the servers of ours, which end next, may hang with the
+        storage of the repository.  Errors: why it really failed.
+        """
+        try:
+            yield
+        except (errors.SourceLost, errors.NbdError) as e:
+            reason = self.lost(e)
+            self.let_go()
+            raise reason from None
+        except BaseException:
+            self.let_go()
+            raise
+
+    @abstractmethod
     def close(self) -> None:
         """Ends the point, which must have lasted until now, and removes what it needed on disk.  Errors: SourceLost."""
 
@@ -190,6 +209,7 @@ class Job(Fleece):
     ) -> None:
         super().__init__(session, plan, stage)
         self._files, self._guard, self._hooks = files, watcher, hooks
+        self._stuck: Optional[errors.CbtError] = None
         self.warnings = [files.tight] if files.tight else []
 
     def begin(self) -> None:
@@ -237,6 +257,13 @@ class Job(Fleece):
             return errors.SourceLost(target=target, reason="somebody else ended the backup job")
         return error
 
+    def let_go(self) -> None:
+        """Ends the job; where it does not end, `undo` tells of it and does not wait once more."""
+        try:
+            job.end(self.plan.host, self.plan.dom.uuid, self.plan.places.socket)
+        except errors.CbtError as e:
+            self._stuck = e
+
     def close(self) -> None:
         """Ends the job, which must have lasted until now, and removes what it needed on disk.
 
@@ -248,6 +275,24 @@ class Job(Fleece):
             gone = errors.SourceLost(target=plan.disks[0].target, reason="the backup job ended before the copy did")
             raise self.lost(gone)
         scratch.remove(plan.places)  # before publication: the intent that names these files goes with it
+
+    def undo(self, error: BaseException) -> None:
+        """Ends the job and removes the new checkpoint, because something failed before the generation was published."""
+        host, uuid = self.plan.host, self.plan.dom.uuid
+        self.stage.keep = self._files.keep = True  # until it is known that `recover` has nothing to do
+        if not self._stuck:
+            self.let_go()
+        if self._stuck:
+            if isinstance(error, errors.CbtError):
+                way_out = f"`libvirt-cbt recover {errors.argument(names.printable(self.plan.dom.name))}` ends it"
+                error.add(f"the backup job may still run, {way_out} once libvirt and QEMU answer")
+            return
+        self._files.keep = False
+        try:
+            checkpoints.delete(host, uuid, self.plan.intent.checkpoint)
+        except errors.CbtError:
+            return  # the guest is off: `recover` does it when it runs again
+        self.stage.keep = False
 
     def stay(self) -> None:
         """Leaves the point open when this process ends; the guard goes on.  Errors: HypervisorError without a guard."""
@@ -269,39 +314,14 @@ def opened(session: Session, kept: store.DomainStore, plan: Plan, hooks: phases.
     with guard.Guard(plan.host, plan.dom.uuid) as watcher, staging.begun(kept, plan.intent) as stage:
         with scratch.made(plan.places, sizes, plan.dom.qemu_ids) as files:
             fleece = Job(session, plan, stage, files, watcher, hooks)
-            with _undone_on_error(plan, stage, files):
+            try:
                 session.watch.stop()
                 fleece.begin()
                 yield fleece
-
-
-@contextmanager
-def _undone_on_error(plan: Plan, stage: staging.Staging, files: scratch.Made) -> Iterator[None]:
-    """Ends the job and removes the new checkpoint when anything fails before the generation is published."""
-    try:
-        yield
-    except BaseException as error:
-        if not stage.published:
-            _undo(plan, stage, files, error)
-        raise
-
-
-def _undo(plan: Plan, stage: staging.Staging, files: scratch.Made, error: BaseException) -> None:
-    host, uuid = plan.host, plan.dom.uuid
-    stage.keep = files.keep = True  # until it is known that `recover` has nothing to do
-    try:
-        job.end(host, uuid, plan.places.socket)
-    except errors.CbtError:
-        if isinstance(error, errors.CbtError):
-            way_out = f"`libvirt-cbt recover {errors.argument(names.printable(plan.dom.name))}` ends it"
-            error.add(f"the backup job may still run, {way_out} once libvirt and QEMU answer")
-        return
-    files.keep = False
-    try:
-        checkpoints.delete(host, uuid, plan.intent.checkpoint)
-    except errors.CbtError:
-        return  # the guest is off: `recover` does it when it runs again
-    stage.keep = False
+            except BaseException as error:
+                if not stage.published:
+                    fleece.undo(error)
+                raise
 
 
 def _begin(plan: Plan) -> None:

@@ -164,6 +164,9 @@ class Still(Fleece):
         target = error.facts.get("target") or error.facts.get("export")
         return errors.SourceLost(target=target, reason="the server of its image ended")
 
+    def let_go(self) -> None:
+        """The guest is off and waits for nothing: `release` is soon enough."""
+
     def close(self) -> None:
         """Tells libvirt of the new checkpoint while the images are still held, then lets them go."""
         plan = self.plan

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Dict, Iterator, List, Mapping, Optional
+from typing import Dict, Iterator, Mapping, Optional
 
-from libvirt_cbt import errors, extents, places
+from libvirt_cbt import extents, places
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.session import Session
@@ -72,7 +72,10 @@ def pulled(
                     extra_dirty=partial(extents.clip, missed.get(disk.target, extents.empty())),
                 )
             )
-        counts = _pull(session, fleece, pulls, options)
+        with fleece.reading():
+            counts = copy.pull(
+                pulls, options, progress=session.watch.progress, stop=fleece.stop, alive=fleece.alive
+            )
     return {
         disk.target: _finished(fleece, disk, one, deltas[disk.target], contents.get(disk.target))
         for disk, one in zip(plan.disks, counts)
@@ -90,13 +93,6 @@ def _sink(fleece: Fleece, disk: DiskPlan, run_dir: str, *, compress: bool) -> It
     qcow2.create_layer(path, disk.disk.capacity, backing=backing, compress=compress)
     with server.sink(path, run_dir, compress=compress) as endpoint:
         yield copy.Sink(endpoint, path, has_parent=disk.parent is not None)
-
-
-def _pull(session: Session, fleece: Fleece, pulls: List[copy.Pull], options: Options) -> List[copy.Pulled]:
-    try:
-        return copy.pull(pulls, options, progress=session.watch.progress, stop=fleece.stop, alive=fleece.alive)
-    except (errors.SourceLost, errors.NbdError) as e:
-        raise fleece.lost(e) from None
 
 
 def _finished(

@@ -348,3 +348,83 @@ def test_a_copy_that_takes_too_long_ends_its_job(
     tool.nothing_left(guest)
     assert tool.backup(guest)["disks"][0]["mode"] == "incremental"
     same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
+
+
+class Slow:
+    """Every write of QEMU's to a job's scratch files takes so many seconds longer, as on a bad disk; by strace."""
+
+    def __init__(self, guest: PlainGuest, seconds: float) -> None:
+        if not shutil.which("strace"):
+            pytest.skip("strace is not installed")
+        paths = [word for file in self._open(guest) for word in ("-P", file)]
+        assert paths, "QEMU has no scratch file open"
+        calls = "pwrite64,pwritev,pwritev2"
+        delay = f"inject={calls}:delay_enter={round(seconds * 1_000_000)}"
+        self._strace = subprocess.Popen(
+            ["strace", "-f", "-qq", "-p", str(guest.pid), *paths, "-e", f"trace={calls}", "-e", delay],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @staticmethod
+    def _open(guest: PlainGuest) -> List[str]:
+        folder = f"/proc/{guest.pid}/fd"
+        files = [os.readlink(os.path.join(folder, fd)) for fd in os.listdir(folder)]
+        return sorted({file for file in files if file.startswith(guest.host.scratch)})
+
+    def __enter__(self) -> Slow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._strace.terminate()
+        self._said = self._strace.communicate()[1]
+
+    def writes(self) -> int:
+        """How many were slow; when it has ended."""
+        return self._said.count("(INJECTED)") + self._said.count("(DELAYED)")
+
+
+@pytest.mark.fault(21)
+def test_slow_scratch_slows_the_guest_for_as_long_as_the_job_may_last_and_no_longer(
+    libvirtd: SmallScratch, tool: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path
+) -> None:
+    """What QEMU does with slow scratch is its own affair (the guest waits); ours is that it has an end."""
+    tool.backup(guest)
+    _fill(rng, guest)
+    delay, waits = 0.4, []
+    with Events(guest) as events:
+        with Held(tool, guest, "--max-duration", "4") as held:
+            with Slow(guest, delay) as slow:
+                for place in range(150):
+                    if not _job(guest):
+                        break
+                    begun = time.monotonic()
+                    guest.write("vda", place * 128 * 1024, 65536, 0x77)
+                    waits.append(time.monotonic() - begun)
+            assert not _job(guest)
+            ended = held.ended()
+        assert slow.writes(), slow._said
+        assert (ended.code, ended.document["error"]["kind"]) == (14, "TookTooLong"), ended
+        assert max(waits) > delay
+        guest.write("vda", 0, 65536, 0x78)
+        assert events.harm() == []
+    tool.nothing_left(guest)
+    assert tool.backup(guest)["disks"][0]["mode"] == "incremental"
+    same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
+
+
+@pytest.mark.fault(21)
+def test_a_repository_that_hangs_does_not_hold_the_job(tool: Tool, guest: PlainGuest, rng: random.Random) -> None:
+    """What writes the layers stands still, as on a network file system without its server; the guest is let go first."""
+    _fill(rng, guest)
+    with Held(tool, guest, "--max-duration", "1") as held:
+        deadline = time.monotonic() + 30
+        while _job(guest):
+            assert time.monotonic() < deadline, "the guest still waits for the repository"
+            time.sleep(0.05)
+        assert not held.over()  # it waits for its writer
+        ended = held.ended()
+    assert (ended.code, ended.document["error"]["kind"]) == (14, "TookTooLong"), ended
+    tool.nothing_left(guest, checkpoints=0)
