@@ -20,6 +20,7 @@ import libvirt
 import pytest
 from lxml import etree
 
+from tests import patience
 from tests.faults.events import Events
 from tests.faults.held import Held
 from tests.guests import daemon, system
@@ -196,7 +197,7 @@ def test_a_guest_with_an_os_writes_on_when_the_scratch_runs_out(
             libvirtd.resize(mib)
             with Meter(libvirtd) as meter, Held(tool, guest, "--full", slice_seconds=SLICE) as held:
                 guest.shell(copy)
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + 30
                 while not held.over() and time.monotonic() < deadline:
                     time.sleep(0.01)
                 ended = held.ended()
@@ -223,9 +224,9 @@ def test_the_guard_ends_the_job_of_a_killed_tool_before_the_scratch_is_full(
     with Meter(libvirtd) as meter, Held(tool, guest) as held:
         _write_on(rng, guest, until=_countdown(rng.randint(1, 3)))
         held.kill()
-        begun = time.monotonic()
+        watch = patience.Stopwatch()
         _write_on(rng, guest, lambda: not _job(guest))
-        assert time.monotonic() - begun < 3
+        assert watch.seconds() < 3
         _write_on(rng, guest, until=_countdown(32))
     assert meter.lowest > 0
     _unlimited(guest)
@@ -237,7 +238,7 @@ def test_the_guard_ends_the_job_of_a_killed_tool_before_the_scratch_is_full(
 
 def _unlimited(guest: PlainGuest) -> None:
     """The guard takes its limits away after the job."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while _limits(guest):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -339,12 +340,12 @@ def test_a_copy_that_takes_too_long_ends_its_job(
 ) -> None:
     tool.backup(guest)
     _fill(rng, guest)
-    begun = time.monotonic()
+    watch = patience.Stopwatch()
     with Held(tool, guest, "--max-duration", "1", slice_seconds=SLICE) as held:
         held.process.wait(20)
         ended = held.ended()
     assert (ended.code, ended.document["error"]["kind"]) == (14, "TookTooLong"), ended
-    assert 1 < time.monotonic() - begun < 8
+    assert watch.wall() > 1 and watch.seconds() < 8
     tool.nothing_left(guest)
     assert tool.backup(guest)["disks"][0]["mode"] == "incremental"
     same(tool.restored(guest, "latest", str(tmp_path)), models(guest))

@@ -293,7 +293,7 @@ def test_a_dry_run_estimates_and_changes_nothing(tool: Tool, guest: PlainGuest) 
 
 
 def _job_began(guest: PlainGuest) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while guest.domain.jobStats().get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
         assert time.monotonic() < deadline, "no job began"
         time.sleep(0.002)

@@ -169,7 +169,7 @@ def test_what_cannot_be_booted_leaves_nothing(tool: Tool, guest: PlainGuest) -> 
 def test_killed_and_swept(tool: Tool, guest: PlainGuest, delay: float) -> None:
     tool.backup(guest)
     process = tool.start("boot", "plain", "--name", "booted", "--output", tool.host.scratch)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while not os.listdir(tool.host.run_dir) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)

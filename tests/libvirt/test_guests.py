@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, Tuple
 import libvirt
 import pytest
 
+from tests import patience
 from tests.guests import daemon as daemons
 from tests.guests import fake_agent, plain, system
 
@@ -157,7 +158,7 @@ def _anew(guest: system.SystemGuest, agent: fake_agent.FakeAgent) -> None:
 
 
 def _until_libvirt_has_the_agent_again(guest: system.SystemGuest) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while True:
         try:
             guest.domain.fsThaw()
@@ -196,9 +197,9 @@ def test_a_silent_agent_is_given_up_after_the_timeout(relay_guest: Relayed) -> N
     guest.domain.agentSetResponseTimeout(1, 0)
     # libvirt greets only once per connection, and after a timeout; without an answer it sends nothing else.
     agent.behave(fake_agent.SILENT, to=fake_agent.EVERYTHING)
-    began = time.monotonic()
+    watch = patience.Stopwatch()
     assert _code(guest.domain.fsFreeze) == UNRESPONSIVE
-    assert 0.9 < time.monotonic() - began < 5
+    assert watch.wall() > 0.9 and watch.seconds() < 5
     agent.behave(fake_agent.GOOD)
     assert guest.domain.fsThaw() == 0
     assert not agent.count(fake_agent.FREEZE)

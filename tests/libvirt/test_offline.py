@@ -213,7 +213,7 @@ def opened_by_somebody(path: str, folder: Path, *arguments: str) -> Iterator[int
     socket = str(folder / "foreign.sock")
     server = subprocess.Popen(["qemu-nbd", "-t", "-f", "qcow2", "-k", socket, *arguments, path])
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not os.path.exists(socket):
             assert time.monotonic() < deadline
             time.sleep(0.01)

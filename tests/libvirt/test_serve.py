@@ -246,7 +246,7 @@ def test_its_text_and_its_ends(tool: Tool, guest: PlainGuest, place: str) -> Non
         assert process.stdout and json.loads(process.stdout.readline())["results"]
         server = _server(process.pid)
         process.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while os.listdir(place) or os.path.exists(f"/proc/{server}/exe"):
         assert time.monotonic() < deadline
         time.sleep(0.02)

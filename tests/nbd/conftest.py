@@ -68,7 +68,7 @@ def served(argv: Sequence[str], path: str) -> Iterator[subprocess.Popen[bytes]]:
     """A server that listens on `path`; ended by its own process id, also when it is stopped."""
     process = subprocess.Popen([*argv], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while True:
             assert process.poll() is None, f"{argv} ended"
             assert time.monotonic() < deadline

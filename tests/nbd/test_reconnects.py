@@ -18,6 +18,7 @@ import pytest
 
 from libvirt_cbt import errors, extents
 from libvirt_cbt.nbdio import client, copy, lanes, server, source
+from tests import patience
 from tests.guests.proxy import GO_AWAY, STALL, Proxy
 from tests.nbd.conftest import MIB, Chain, Disk, assert_same, nbdkit, none_also, nothing, served
 
@@ -161,11 +162,18 @@ def test_several_connections_of_a_disk(bench: Bench, rng: random.Random) -> None
     """One of them is cut: all are made again, and that counts once."""
     whole = bench.pull([], connections=3)
     least, length = min(bench.wire.handed), handshake(bench)
-    for _ in range(20):
+    cuts = 0
+    for _ in range(200):
         budgets: List[Optional[int]] = [None, None, None]
         budgets[rng.randrange(3)] = rng.randrange(length, least // 2)
-        bench.same(bench.pull(budgets, connections=3), whole, 1)
-        assert len(bench.wire.handed) == 6
+        found = bench.pull(budgets, connections=3)
+        cut = len(bench.wire.handed) > 3  # how much each of them carries is never the same twice
+        bench.same(found, whole, int(cut))
+        assert not cut or len(bench.wire.handed) == 6
+        cuts += cut
+        if cuts == 20:
+            return
+    pytest.fail(f"only {cuts} of 200 were cut")
 
 
 def test_without_reconnects_a_cut_is_the_end(bench: Bench) -> None:
@@ -187,10 +195,10 @@ def test_another_job_is_another_moment(bench: Bench) -> None:
 
 def test_a_server_that_went_is_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "FIRST_PAUSE", 0.05)
-    begun = time.monotonic()
+    watch = patience.Stopwatch()
     with pytest.raises(errors.SourceLost):
         bench.pull([MIB], then=GO_AWAY, reconnects=100)
-    assert time.monotonic() - begun < 2
+    assert watch.seconds() < 2
 
 
 def test_a_socket_that_nobody_listens_on(bench: Bench) -> None:
@@ -202,10 +210,10 @@ def test_a_socket_that_nobody_listens_on(bench: Bench) -> None:
             one.bind(bench.wire.path)
         return True
 
-    begun = time.monotonic()
+    watch = patience.Stopwatch()
     with pytest.raises(errors.SourceLost):
         bench.pull([MIB], alive=dead, reconnects=100)
-    assert time.monotonic() - begun < 2
+    assert watch.seconds() < 2
 
 
 @pytest.mark.parametrize("other", ["size", "bitmap", "export"])
@@ -251,15 +259,15 @@ def test_the_lost_handle_is_freed_before_the_next_one_is_made(bench: Bench) -> N
 
 def test_stop_ends_the_pause(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "FIRST_PAUSE", 2.0)
-    begun = time.monotonic()
+    watch = patience.Stopwatch()
 
     def stop() -> None:
-        if time.monotonic() > begun + 0.5:
+        if watch.wall() > 0.5:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         bench.pull([MIB], stop=stop)
-    assert time.monotonic() - begun < 1.5
+    assert watch.seconds() < 1.5
 
 
 def test_a_new_connection_that_hangs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,10 +278,10 @@ def test_a_new_connection_that_hangs(bench: Bench, monkeypatch: pytest.MonkeyPat
         bench.wire.stall()
         return True
 
-    begun = time.monotonic()
+    watch = patience.Stopwatch()
     with pytest.raises(errors.SourceLost):
         bench.pull([MIB], alive=hang)
-    assert 0.5 < time.monotonic() - begun < 2
+    assert watch.wall() > 0.5 and watch.seconds() < 2
 
 
 def test_a_stall_is_no_cut(bench: Bench) -> None:
@@ -362,7 +370,7 @@ def test_no_client_is_left_after_a_resumed_copy(folder: str) -> None:
             contents=nothing,
         )
         assert copy.pull([one], lanes.Options(), progress=nothing, stop=nothing)[0].reconnects == 2
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while True:
             lines = Path(log).read_text(encoding="utf-8").splitlines()
             connected = sum(" Connect " in line for line in lines)

@@ -20,6 +20,7 @@ import pytest
 
 from libvirt_cbt import errors, extents
 from libvirt_cbt.nbdio import bitmapfile, serving
+from tests import patience
 from tests.nbd.conftest import MIB, Chain, Disk, assert_same, nothing, run
 
 GIB = 1 << 30
@@ -133,10 +134,10 @@ def test_a_million_scattered_extents(folder: str, rng: random.Random) -> None:
             yield extents.make(part, np.uint64(65536), extents.DATA)
 
     export = serving.Export("vda", [empty_layer(folder, capacity)], capacity, "since-3", delta)
-    begun = time.monotonic()
+    watch = patience.Stopwatch()
     with serving.serving([export], os.path.join(folder, "s"), nothing) as found:
         # A request for each would take half a minute; this took 0.1 s.
-        assert time.monotonic() - begun < 15
+        assert watch.seconds() < 15
         assert found.shown[0].dirty_bytes == count * 65536
         dirty = mapped(found.shown[0].uri, "since-3")
     assert np.array_equal(np.array([low for low, _ in dirty], np.uint64), blocks)
@@ -390,7 +391,7 @@ def test_nothing_is_left_of_a_tool_that_was_killed(place: str, export: serving.E
         own = children(tool.pid)
         assert len(own) == (2 if moment == "ready" else 1), own
         tool.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while os.listdir(place) or any(os.path.exists(f"/proc/{p}") and _alive(p) for p in own):
         assert time.monotonic() < deadline, (os.listdir(place), own)
         time.sleep(0.02)
