@@ -225,9 +225,19 @@ def main(arguments: List[str]) -> None:
     except OSError:
         pass  # not root
     uri, uuid = arguments
-    try:
-        host = connection.Host(uri)
-    except errors.CbtError:
-        sys.exit(1)
-    Guardian(host, names.domain_uuid(uuid)).run()
+    Guardian(_connected(uri), names.domain_uuid(uuid)).run()
     os._exit(0)  # a statistics thread may hang in libvirt
+
+
+def _connected(uri: str) -> connection.Host:
+    """On a busy host the job may have begun before we are here, and the daemon be away by now: what is to be done then
+    waits in the pipe.
+    """
+    deadline = time.monotonic() + connection.RECONNECT_SECONDS
+    while True:
+        try:
+            return connection.Host(uri)
+        except errors.CbtError:
+            if time.monotonic() > deadline:
+                sys.exit(1)
+            time.sleep(PAUSES[0])

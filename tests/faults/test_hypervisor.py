@@ -29,7 +29,7 @@ import pytest
 from lxml import etree
 
 import libvirt_cbt
-from libvirt_cbt.hypervisor import job
+from libvirt_cbt.hypervisor import guard, job
 from tests import patience
 from tests.faults.events import Events
 from tests.faults.held import Held, children
@@ -246,6 +246,22 @@ def _ended(pid: int) -> None:
     while os.path.exists(f"/proc/{pid}/exe"):
         assert time.monotonic() < deadline, f"process {pid} goes on"
         time.sleep(0.02)
+
+
+@pytest.mark.fault(4)
+def test_a_guard_that_comes_while_the_daemon_is_away_waits_for_it(tool: Tool, guest: PlainGuest) -> None:
+    """On a busy host the copy has begun before its guard is connected."""
+    tool.host.kill()
+    argv = [sys.executable, "-I", "-c", guard.PROGRAM, guard.PACKAGE, tool.host.uri, guest.uuid]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guardian:
+        assert guardian.stdin and guardian.stdout
+        time.sleep(2)  # its first try
+        assert guardian.poll() is None
+        tool.host.start()
+        assert guardian.stdout.readline() == b'{"is": "ready"}\n'
+        guardian.stdin.write(b'{"do": "release"}\n')
+        guardian.stdin.close()
+        assert guardian.wait(30) == 0
 
 
 @pytest.mark.fault(5)
