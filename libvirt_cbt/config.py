@@ -71,6 +71,9 @@ class Rules(Model):
     disks: List[Text] = Field([], description="Only these disks (targets, such as vda).")
     exclude_disks: List[Text] = Field([], description="Not these disks; targets that a domain does not have are ignored.")
     require_all: bool = Field(False, description="Fail (2) if any other disk cannot be backed up.")
+    allow_plaintext: bool = Field(
+        False, description="Back up disks that QEMU encrypts; in the repository they are not encrypted."
+    )
     quiesce: Literal["auto", "agent", "none"] = Field(
         "auto", description="Freeze the guest by its agent: if it can be, or fail (17), or not at all."
     )
@@ -156,6 +159,7 @@ class File(Model):
     scratch_dir: Optional[Text] = Field(
         None, description="Where QEMU keeps what guests overwrite during a copy; for every command."
     )
+    hooks_dir: Optional[Text] = Field(None, description="Folder of an administrator's scripts, docs/hooks.md.")
     jobs: Count = Field(2, description="`run`: domains at once on each host.")
     jobs_total: Optional[Count] = Field(None, description="`run`: domains at once on all hosts together.")
     textfile: Optional[Text] = Field(None, description="`run` writes its metrics there at its end, for node_exporter.")
@@ -167,7 +171,7 @@ class File(Model):
     host: Dict[str, Host] = Field({}, description="Hosts, for a machine that pulls from several.")
     policy: Dict[str, Policy] = Field({}, description="Which domains `run` backs up, and how; the first match holds.")
 
-    _paths = field_validator("repository", "scratch_dir", "textfile")(_absolute)
+    _paths = field_validator("repository", "scratch_dir", "hooks_dir", "textfile")(_absolute)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,12 @@ class RepositoryBusy(Busy):
     template = "domain '{domain}' is locked in {repository} by {owner}; try again when that has ended"
 
 
+class RunBusy(Busy):
+    """Another `run` of the same hosts into the same repository."""
+
+    template = "a run into {repository} is going on: {owner}; wait for it, or end it"
+
+
 class IdentityTaken(Busy):
     template = "{what} is taken by domain '{domain}' on {uri}; {way_out}"
 
@@ -373,6 +379,15 @@ class ImageUnreadable(HypervisorError):
 
 class NbdError(HypervisorError):
     template = "NBD export '{export}': {reason}"
+
+
+class RunEnded(HypervisorError):
+    """The process of one domain in a `run` of several."""
+
+    template = (
+        "the run of domain '{domain}' ended without an answer ({how}); the next one puts right what it left, "
+        "`libvirt-cbt list {domain!q}` shows whether there is a new backup"
+    )
 
 
 class ToolMissing(HypervisorError):

@@ -103,7 +103,7 @@ def command(arguments: List[str]) -> Any:
     print(f"\n$ libvirt-cbt {shown}")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        code = cli.run(arguments)
+        code = cli.exit_code(arguments)
     if code:
         raise SystemExit(f"libvirt-cbt ended with {code}")
     return json.loads(out.getvalue())["results"][0]

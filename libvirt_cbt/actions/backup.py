@@ -13,7 +13,7 @@ from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, domain
 from libvirt_cbt.nbdio import copy
 from libvirt_cbt.nbdio.lanes import Options
-from libvirt_cbt.repository import store
+from libvirt_cbt.repository import outcomes, store
 
 
 def backup(
@@ -33,6 +33,7 @@ def backup(
     heal: bool = False,
     allow_plaintext: bool = False,
     dry_run: bool = False,
+    max_chain: int = planning.MAX_CHAIN,
     options: Optional[Options] = None,
 ) -> results.Backup:
     """Backs up a domain, running or off: each disk by its changed blocks, or in full with the reason.
@@ -42,6 +43,7 @@ def backup(
     told of by a bitmap ends the run (AuditFailed), or with `heal` is stored and counts as changed now.  With
     `require_all` a disk that cannot be backed up is an error, unless `disks` or `exclude` leave it out.  A disk that QEMU
     encrypts is stored in plaintext, with `allow_plaintext`, or not at all.  A `dry_run` estimates and changes nothing.
+    A chain ends with `max_chain` layers.
     Errors: NoSuchDomain, NoSuchDisk, DiskUnprotected, WouldBePlaintext, DomainBusy, ImageInUse, RepositoryBusy, HookStopped,
     NotConsistent (with quiesce "agent"), ScratchSpace and kin, SourceLost, RepositoryError and kin; nothing is published
     then, and the next run is an increment.
@@ -50,14 +52,16 @@ def backup(
         raise errors.Usage(reason=f"compress is zstd or none, not '{compress}'")
     if heal and not audit:
         raise errors.Usage(reason="--heal stores what --audit finds; give both")
-    request = Request(False, full, tuple(disks), tuple(exclude), quiesce, scratch_dir, max_duration, allow_plaintext)
+    request = Request(
+        False, full, tuple(disks), tuple(exclude), quiesce, scratch_dir, max_duration, allow_plaintext, max_chain
+    )
     begun = time.monotonic()
     if dry_run:
         return _estimate(session, domain_name, request, require_all=require_all)
     with phases.around(session, "backup", domain_name) as hooks:
         uuid = session.host.find(domain_name)
         kept = session.repository(make=True).domain(uuid)
-        with kept.lock(wait, session.watch.stop):
+        with outcomes.noted(kept, "backup", *(("audit",) if audit else ())), kept.lock(wait, session.watch.stop):
             warnings = opening.prepared(session, kept, domain_name, wait)
             plan = _planned(session, kept, request, require_all=require_all)
             hooks.preflight(plan)

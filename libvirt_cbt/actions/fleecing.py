@@ -28,7 +28,7 @@ QUIESCE = ("auto", "agent", "none")
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of a generation; `mark`: no data.  `max_duration` is in seconds."""
+    """What a user asks of a generation; `mark`: no data.  `max_duration` is in seconds, `max_chain` in layers."""
 
     mark: bool = False
     full: bool = False
@@ -38,6 +38,7 @@ class Request:
     scratch_dir: Optional[str] = None
     max_duration: Optional[float] = None
     allow_plaintext: bool = False
+    max_chain: int = planning.MAX_CHAIN
 
     def __post_init__(self) -> None:
         if self.quiesce not in QUIESCE:
@@ -83,6 +84,7 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
         exclude=request.exclude,
         mark=request.mark,
         allow_plaintext=request.allow_plaintext,
+        max_chain=request.max_chain,
     )
     return drawn(session, kept, dom, request, plans)
 

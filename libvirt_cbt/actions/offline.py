@@ -48,7 +48,7 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
     found, why = _tracking(kept, images)
     plans, unprotected = planning.plan(
         seen, kept, found, full=request.full, only=request.disks, exclude=request.exclude, mark=request.mark,
-        allow_plaintext=request.allow_plaintext,
+        allow_plaintext=request.allow_plaintext, max_chain=request.max_chain,
     )  # fmt: skip
     newest = next(iter(found), "")
     for at, one in enumerate(plans):

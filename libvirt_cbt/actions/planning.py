@@ -13,6 +13,7 @@ from libvirt_cbt.nbdio.copy import ALL, DIRTY, NOTHING
 from libvirt_cbt.repository import manifest, store
 
 MAX_CHAIN: Final = 60  # reading slows with depth; facts in design.md
+ASKED: Final = "asked for, with --full or by full_every of its policy"
 EXCLUDED: Final = "it was excluded by the command line"
 MODES: Final = {ALL: "full", DIRTY: "incremental", NOTHING: "mark"}
 
@@ -57,6 +58,7 @@ def plan(
     exclude: Collection[str] = (),
     mark: bool = False,
     allow_plaintext: bool = False,
+    max_chain: int = MAX_CHAIN,
 ) -> Plans:
     """Plans of the disks that join the job, and the disks that are not protected with the reason of each.
 
@@ -86,7 +88,7 @@ def plan(
         if plaintext:
             sealed.append(disk.target)
         else:
-            plans.append(_disk(disk, kept, history, checkpoints, full=full, mark=left_out or mark))
+            plans.append(_disk(disk, kept, history, checkpoints, full=full, mark=left_out or mark, max_chain=max_chain))
     if sealed:
         raise errors.WouldBePlaintext(domain=names.printable(dom.name), disks=", ".join(sealed))
     if not plans or (not mark and all(p.copy == NOTHING for p in plans)):
@@ -116,6 +118,7 @@ def _disk(
     *,
     full: bool,
     mark: bool,
+    max_chain: int,
 ) -> DiskPlan:
     broken = disk.untracked or _broken(disk, history, checkpoints)
     if broken:
@@ -131,7 +134,7 @@ def _disk(
     if mark:
         return tracked
     parent = kept.newest_backup(newest, disk.target)
-    why_full = "asked for with --full" if full else _chain_unfit(kept, parent, disk.target)
+    why_full = ASKED if full else _chain_unfit(kept, parent, disk.target, max_chain)
     if why_full or parent is None:
         return replace(tracked, copy=ALL, reason=why_full, estimate=disk.capacity)
     return replace(tracked, copy=DIRTY, parent=names.BackupId(parent.id), since=parent.generation)
@@ -223,14 +226,16 @@ def _path(path: str) -> str:
     return names.printable(path) or "a source without a path"
 
 
-def _chain_unfit(kept: store.DomainStore, parent: Optional[manifest.Manifest], target: str) -> Optional[str]:
+def _chain_unfit(
+    kept: store.DomainStore, parent: Optional[manifest.Manifest], target: str, max_chain: int
+) -> Optional[str]:
     if parent is None:
         return "no earlier backup of this disk holds data"
     try:
         chain = kept.chain(names.BackupId(parent.id), target)
     except errors.Damaged as e:
         return f"the chain below is damaged: {e}"
-    if len(chain) >= MAX_CHAIN:
+    if len(chain) >= max_chain:
         return f"the chain has {len(chain)} layers"
     for link in chain:
         if not os.path.exists(link.layer):

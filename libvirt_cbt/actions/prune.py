@@ -15,7 +15,7 @@ from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import merge
 from libvirt_cbt.nbdio.lanes import Options
-from libvirt_cbt.repository import manifest, merging, pins, retention, store
+from libvirt_cbt.repository import manifest, merging, outcomes, pins, retention, store
 
 BEFOREHAND: Final = (errors.ChainPinned, errors.NoRoomToMerge)  # found before anything was changed
 NO_TIME: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -56,7 +56,7 @@ def prune(
         merged = _foreseen(kept, {c.id for c in decision.removed})
         gone = [m.id for m in _forgettable(kept, {c.id for c in decision.removed})] if forget else []
         return _result(kept, decision, merged, gone, [], 0, begun, dry_run=True)
-    with kept.lock():
+    with outcomes.noted(kept, "prune"), kept.lock():
         decision = _decided(kept, rules, remove)
         before = _occupied(kept)
         work = _Work(session, kept, options or Options())

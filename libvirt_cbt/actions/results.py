@@ -533,3 +533,29 @@ class Configured:
     policy: Optional[str]
     skipped: Optional[str]
     rules: Dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Of a `run`: which of its verbs failed (backup, prune, verify), with the error's code, kind and sentence."""
+
+    work: str
+    code: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was done for one domain; `code` is that of the first failure, 3 for warnings under a strict policy."""
+
+    domain: str
+    uuid: str
+    host: str
+    policy: Optional[str]
+    code: int
+    backup: Optional[Backup]
+    prune: Optional[Prune]
+    verify: Optional[Verify]
+    failures: List[Failure]
+    seconds: float

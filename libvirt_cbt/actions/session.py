@@ -25,7 +25,7 @@ def default_repository() -> str:
 class Watch:
     """Told of progress and asked whether to stop; the default does neither.
 
-    `progress(target, done, total)` in bytes; `note(sentence)` for the log; `stop()` raises to end the run cleanly.
+    `progress(target, done, total)` in bytes; `note(sentence)` for the log, `failed(sentence)` for its errors; `stop()` raises to end the run cleanly.
     """
 
     def progress(self, target: str, done: int, total: int) -> None:
@@ -33,6 +33,9 @@ class Watch:
 
     def note(self, sentence: str) -> None:
         """Something worth a line in the log."""
+
+    def failed(self, sentence: str) -> None:
+        """Something failed that does not end the run."""
 
     def stop(self) -> None:
         """Raises errors.Interrupted when the run should end."""

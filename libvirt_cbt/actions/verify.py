@@ -4,30 +4,54 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from contextlib import ExitStack
-from typing import Dict, List, Optional, Set
+from typing import Dict, List, Optional, Set, Tuple
 
 from libvirt_cbt import errors, extents, places, points
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import check, server
 from libvirt_cbt.nbdio.lanes import Options
-from libvirt_cbt.repository import manifest, npy, pins, plan, store, verified
+from libvirt_cbt.repository import checked, manifest, npy, outcomes, pins, plan, store, verified
 
 
 def verify(
-    session: Session, domain_name: str, *, at: Optional[str] = None, options: Optional[Options] = None
+    session: Session,
+    domain_name: str,
+    *,
+    at: Optional[str] = None,
+    sample: Optional[int] = None,
+    options: Optional[Options] = None,
 ) -> results.Verify:
     """Checks every backup of a domain, or with `at` one and what it depends on; damage is in the result.
 
-    Errors: NotInRepository, NoSuchBackup, NbdError; Damaged when a manifest itself cannot be read.
+    With `sample` the newest and so many others, at which nobody has looked for longest: each by itself, so that in time
+    all are read.  Errors: NotInRepository, NoSuchBackup, NbdError; Damaged when a manifest itself cannot be read.
     """
     begun = time.monotonic()
     kept = session.stored(domain_name)
-    wanted = _needed(kept, kept.resolve(points.at(at))) if at else None
+    with outcomes.noted(kept, "verify"):
+        wanted = _needed(kept, kept.resolve(points.at(at))) if at else None
+        if sample is not None:
+            wanted = set(checked.longest_unread(kept, sample))
+        total, read, seen = _read(session, kept, wanted, options or Options())
+    damage = Counter(one.backup for one in seen.damage)
+    notes = [checked.record(kept, {backup: damage[backup] for backup in read})]
+    if wanted is None:
+        notes.append(verified.record(kept, backups=len(read), checked_bytes=total, damage=len(seen.damage)))
+    for unnoted in filter(None, notes):
+        session.watch.note(unnoted)
+    return results.Verify(kept.name, total, len(read), seen.damage, round(time.monotonic() - begun, 3))
+
+
+def _read(
+    session: Session, kept: store.DomainStore, wanted: Optional[Set[str]], options: Options
+) -> Tuple[int, List[str], _Findings]:
+    """Bytes that were read, of which generations, and what was found."""
     seen = _Findings(kept)
     total = 0
-    count = 0
+    read: List[str] = []
     for generation in kept.generations():
         if wanted is not None and generation.id not in wanted:
             continue
@@ -36,16 +60,13 @@ def verify(
             with pins.one(kept, generation.id, session.watch.stop):
                 seen.files(generation)
                 for target, entry in seen.layers(generation):
-                    total += _layer(session, generation, target, entry, seen, options or Options())
+                    total += _layer(session, generation, target, entry, seen, options)
         except errors.Damaged:
             if os.path.lexists(kept.directory(generation.id)):
                 raise
             continue  # a prune forgot it meanwhile
-        count += 1
-    unnoted = verified.record(kept, backups=count, checked_bytes=total, damage=len(seen.damage)) if at is None else None
-    if unnoted:
-        session.watch.note(unnoted)
-    return results.Verify(kept.name, total, count, seen.damage, round(time.monotonic() - begun, 3))
+        read.append(generation.id)
+    return total, read, seen
 
 
 def _needed(kept: store.DomainStore, generation: manifest.Manifest) -> Set[str]:

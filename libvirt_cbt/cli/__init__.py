@@ -37,6 +37,7 @@ COMMANDS: Final[Dict[str, str]] = {
     "unprotect": "let the rules hold for it again",
     "recover": "put right what a crash left; safe to repeat",
     "untrack": "take our checkpoints off a domain",
+    "run": "back up, thin out and verify by policy",
     "config": "what the configuration says, and for which domain",
 }
 COLLECT_AFTER: Final = 50_000  # objects: some MB at most, if all of them were garbage
@@ -109,13 +110,13 @@ def main(argv: Optional[List[str]] = None) -> Any:
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no bug
-    code = run(argv)
+    code = exit_code(argv)
     gc.freeze()  # nor once more at the end
     raise SystemExit(code)
 
 
-def run(argv: Optional[List[str]] = None) -> int:
-    """As `main`, but the exit code is returned."""
+def exit_code(argv: Optional[List[str]] = None) -> int:
+    """As `main`, but the code is returned."""
     # Before numpy and pydantic are imported; the processes of ours that start later inherit it.
     for variable, value in CHEAP_IMPORTS.items():
         os.environ.setdefault(variable, value)

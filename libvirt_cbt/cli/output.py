@@ -53,6 +53,8 @@ class Settings:
         """One with what the command line or the environment says, else the configuration.  Errors: ConfigInvalid."""
         from libvirt_cbt.actions.session import Session
 
+        if self.config.hooks_dir:
+            os.environ.setdefault("LIBVIRT_CBT_HOOKS_DIR", self.config.hooks_dir)
         return Session(
             self.uri or (place and place.uri) or self.config.connect,
             self.repository or self.config.repository,
@@ -95,10 +97,12 @@ def run(
     show: Callable[[Any], None],
     *,
     always: bool = False,
+    after: Callable[[], Optional[errors.CbtError]] = lambda: None,
 ) -> None:
     """Runs each job in one session; several domains go on after one that failed, and SystemExit tells of the first.
 
     A job returns one result or a list of them; `show` prints one for people, with `always` it is called for --json too.
+    `after` gives an error that was told already.
     """
     from libvirt_cbt.cli import progress
 
@@ -122,7 +126,7 @@ def run(
                             results.append(one)
                             if always or not settings.json:
                                 show(one)
-        first = first or reported.error
+        first = first or reported.error or after()
         if settings.json:
             print(dumped(document(results, first)), flush=True)
     if first:

@@ -20,6 +20,9 @@ class _Quiet(Watch):
         if self._notes:
             output.say(f"libvirt-cbt: {sentence}", to=sys.stderr)
 
+    def failed(self, sentence: str) -> None:
+        output.say(f"libvirt-cbt: {sentence}", to=sys.stderr)
+
 
 class _Bars(_Quiet):
     def __init__(self, check: Callable[[], None], *, notes: bool) -> None:

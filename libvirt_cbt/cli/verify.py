@@ -18,12 +18,20 @@ if TYPE_CHECKING:
 @click.command(epilog="\b\nExamples:\n  libvirt-cbt -r /backups verify\n  libvirt-cbt -r /backups verify web1 --at 3")
 @click.argument("domain", required=False)
 @click.option("--at", metavar="P", help="Only this generation and what it depends on.")
+@click.option(
+    "--sample", metavar="N", type=click.IntRange(min=0),
+    help="Only the newest backup, and N others that were not re-read for longest.",
+)
 @copying.options
 @click.pass_obj
-def command(settings: output.Settings, /, domain: Optional[str], at: Optional[str], **options: Any) -> None:
+def command(
+    settings: output.Settings, /, domain: Optional[str], at: Optional[str], sample: Optional[int], **options: Any
+) -> None:
     """Re-read and re-hash what is stored. Exits 16 when something is damaged."""
     if at and not domain:
         raise click.UsageError("--at goes with a domain")
+    if at and sample is not None:
+        raise click.UsageError("--sample chooses the backups itself: it goes without --at")
     damage: List[Any] = []
 
     def show(found: results.Verify) -> None:
@@ -32,7 +40,7 @@ def command(settings: output.Settings, /, domain: Optional[str], at: Optional[st
             _show(found)
 
     def one(name: str, session: libvirt_cbt.Session) -> results.Verify:
-        return libvirt_cbt.verify(session, name, at=at, options=copying.taken(dict(options)))
+        return libvirt_cbt.verify(session, name, at=at, sample=sample, options=copying.taken(dict(options)))
 
     wanted = [domain] if domain else output.listed(settings, lambda s: s.repository().uuids())
     output.run(settings, [partial(one, name) for name in wanted], show, always=True)

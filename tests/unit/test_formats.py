@@ -47,7 +47,7 @@ def small(kept: store.DomainStore) -> store.DomainStore:
 def run(kept: store.DomainStore, capsys: pytest.CaptureFixture[str]) -> Run:
     def command(*argv: str) -> Tuple[int, str, str]:
         before = capsys.readouterr().out
-        code = cli.run(["-c", "nowhere:///", "-r", kept.repository.path, *argv])
+        code = cli.exit_code(["-c", "nowhere:///", "-r", kept.repository.path, *argv])
         out, err = capsys.readouterr()
         print(before, end="")  # the seed, for a test that fails
         return code, out, err

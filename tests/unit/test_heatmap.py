@@ -88,7 +88,7 @@ def test_regions_that_change_often_stand_out(kept: store.DomainStore, capsys: py
     for number in range(9):
         rows = [(0, 512, 1), (50 * GRAIN, 2 * GRAIN, extents.ZERO)] if number % 4 == 0 else [(0, 2 * GRAIN, 1)]
         samples.publish(kept, rows, capacity)
-    assert cli.run(["-r", kept.repository.path, "heatmap", "vm", "vda"]) == 0
+    assert cli.exit_code(["-r", kept.repository.path, "heatmap", "vm", "vda"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert max(map(len, out)) <= 80
     assert not any("\x1b" in line for line in out)  # no terminal, no colour
@@ -132,7 +132,7 @@ def test_colour_is_only_an_addition(kept: store.DomainStore, monkeypatch: pytest
 def test_json_has_the_numbers(kept: store.DomainStore, capsys: pytest.CaptureFixture[str]) -> None:
     samples.publish(kept, [], 4 * GRAIN, first=True)
     samples.publish(kept, [(GRAIN, 512, 1)], 4 * GRAIN)
-    assert cli.run(["-r", kept.repository.path, "--json", "heatmap", "vm", "vda"]) == 0
+    assert cli.exit_code(["-r", kept.repository.path, "--json", "heatmap", "vm", "vda"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["results"]
     assert found["generations"] == [{"generation": 2, "time": repository_samples.TIME, "changed_bytes": [0, 512, 0, 0]}]
     assert found["regions"][1] == {"offset": GRAIN, "length": GRAIN, "written": 1, "last": 2}
@@ -142,6 +142,6 @@ def test_json_has_the_numbers(kept: store.DomainStore, capsys: pytest.CaptureFix
 def test_what_makes_no_sense(kept: store.DomainStore, capsys: pytest.CaptureFixture[str], options: List[str]) -> None:
     for number in range(2):
         samples.publish(kept, [], GRAIN, first=not number)
-    assert cli.run(["-r", kept.repository.path, "heatmap", "vm", "vda", *options]) == 2
+    assert cli.exit_code(["-r", kept.repository.path, "heatmap", "vm", "vda", *options]) == 2
     out, err = capsys.readouterr()
     assert not out and err

@@ -13,7 +13,7 @@ DEAR = frozenset({"numpy", "libvirt", "nbd", "pydantic", "lxml", "rich", "blake3
 PROGRAM = """
 import sys
 from libvirt_cbt import cli
-code = cli.run(sys.argv[1:])
+code = cli.exit_code(sys.argv[1:])
 print("\\n" + " ".join(sys.modules), file=sys.stderr)
 raise SystemExit(code)
 """
@@ -49,7 +49,7 @@ def test_the_test_sees_what_is_imported() -> None:
 
 
 def test_numpy_starts_no_threads_and_pydantic_looks_for_no_plugins() -> None:
-    code = "from libvirt_cbt import cli; cli.run(['-r', '/nonexistent', 'list']); import threading, os; "
+    code = "from libvirt_cbt import cli; cli.exit_code(['-r', '/nonexistent', 'list']); import threading, os; "
     code += "print(len(os.listdir('/proc/self/task')), os.environ['PYDANTIC_DISABLE_PLUGINS'])"
     clean: Dict[str, str] = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS", "PYDANTIC"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)

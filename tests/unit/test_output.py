@@ -48,7 +48,7 @@ def test_nothing_of_others_moves_the_terminal(
     repository: str, capfd: pytest.CaptureFixture[str], command: List[str], as_json: bool
 ) -> None:
     argv = ["-r", repository, "-c", "test:///nowhere", *(["--json"] if as_json else []), *command]
-    assert cli.run(argv) != 70
+    assert cli.exit_code(argv) != 70
     out, err = capfd.readouterr()
     assert out or err
     for line in [*out.split("\n"), *err.split("\n")]:

@@ -122,7 +122,7 @@ def test_damage_stands_in_nobodys_way(
     data[20] ^= 1
     Path(path).write_bytes(data)
     page = tmp_path / "page.html"
-    assert cli.run(["-r", repository.path, "--json", "report", "--html", str(page)]) == 16
+    assert cli.exit_code(["-r", repository.path, "--json", "report", "--html", str(page)]) == 16
     (found,) = json.loads(capsys.readouterr().out)["results"]
     by_uuid = {one["uuid"]: one for one in found["domains"]}
     assert "is damaged" in by_uuid[kept[0].uuid]["unreadable"]
@@ -230,7 +230,7 @@ def test_where_the_file_goes(
     page = tmp_path / "page.html"
 
     def run(*more: str) -> int:
-        return cli.run(["-r", repository.path, "report", "--html", str(page), *more])
+        return cli.exit_code(["-r", repository.path, "report", "--html", str(page), *more])
 
     assert run() == 0 and stat.S_IMODE(page.stat().st_mode) == 0o600
     page.chmod(0o644)
@@ -253,10 +253,10 @@ def test_where_the_file_goes(
     page.mkdir()
     assert run("--force") == 2
     for inside in ("page.html", "repository.json", "00000001-0123-4567-89ab-0123456789ab/backups/x"):
-        assert cli.run(["-r", repository.path, "report", "--force", "--html", f"{repository.path}/{inside}"]) == 2
+        assert cli.exit_code(["-r", repository.path, "report", "--force", "--html", f"{repository.path}/{inside}"]) == 2
     (tmp_path / "link").symlink_to(repository.path)
-    assert cli.run(["-r", repository.path, "report", "--html", str(tmp_path / "link" / "x")]) == 2
-    assert cli.run(["-r", repository.path, "report", "--html", str(tmp_path / "none" / "x")]) == 15
+    assert cli.exit_code(["-r", repository.path, "report", "--html", str(tmp_path / "link" / "x")]) == 2
+    assert cli.exit_code(["-r", repository.path, "report", "--html", str(tmp_path / "none" / "x")]) == 15
 
 
 def test_a_full_disk_leaves_the_older_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,13 +274,13 @@ def test_a_full_disk_leaves_the_older_page(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_in_words(repository: store.Repository, rng: random.Random, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["-r", repository.path, "report"]) == 0
+    assert cli.exit_code(["-r", repository.path, "report"]) == 0
     History(domain(repository), rng, "bad\x1b[31m").add(NOW, warnings=["\x1b[2Jgone"])
-    assert cli.run(["-r", repository.path, "report"]) == 0
+    assert cli.exit_code(["-r", repository.path, "report"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "never verified as a whole" in out
-    assert cli.run(["-r", repository.path, "report", "nobody"]) == 10
-    assert cli.run(["-r", repository.path, "report", "--force"]) == 2
+    assert cli.exit_code(["-r", repository.path, "report", "nobody"]) == 10
+    assert cli.exit_code(["-r", repository.path, "report", "--force"]) == 2
 
 
 def test_a_verification_is_noted_when_all_was_read(
