@@ -37,11 +37,13 @@ def explained(repository: str, path: str) -> Iterator[None]:
 
 @contextmanager
 def readable(repository: str, path: str) -> Iterator[None]:
-    """A published file that is missing is damage, not a failed call."""
+    """A published file that is missing, or no file, is damage, not a failed call."""
     with explained(repository, path):
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError) as e:
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
+                raise
             raise errors.Damaged(path=path, reason=e.strerror) from None
 
 

@@ -15,6 +15,7 @@ from libvirt_cbt import errors
 
 LINKS: Final = 40  # the kernel follows no more
 WHOLE: Final = "0 0 4294967295"  # /proc/self/uid_map where every user of the machine is known
+REMOTE: Final = ("nfs", "cifs", "smb", "9p", "virtiofs", "ceph", "fuse", "glusterfs", "lustre", "afs")
 UNKNOWN: Final = 65534  # whoever a user namespace, or a file server, has no number for
 
 
@@ -35,9 +36,10 @@ def exposed(path: str) -> Optional[str]:
 def foreign(path: str) -> Optional[str]:
     """Why a folder is not ours alone to arrange: as `exposed`, or it belongs to somebody else; None for one to be made."""
     reason = exposed(path)
-    if reason is None and os.path.lexists(path) and not _trusted(os.stat(path)):
-        reason = f"{path} belongs to user {os.stat(path).st_uid}"
-    return reason
+    if reason is not None or not os.path.lexists(path):
+        return reason
+    status = os.stat(path)
+    return None if _trusted(status) or _remote(status.st_dev) else f"{path} belongs to user {status.st_uid}"
 
 
 def make(path: str, mode: int, *, exact: bool = True) -> None:
@@ -73,6 +75,17 @@ def root(path: str) -> None:
 def _trusted(status: os.stat_result) -> bool:
     """Whether the owner is root or we, or cannot be known here."""
     return status.st_uid in (0, os.geteuid()) or (status.st_uid == UNKNOWN and not _everybody_known())
+
+
+def _remote(device: int) -> bool:
+    """Whether a file server decides who the owner is: NFS makes root another user (root_squash)."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return False
+    return any(m[2] == wanted and m[m.index("-") + 1].startswith(REMOTE) for m in mounts)
 
 
 def _everybody_known() -> bool:

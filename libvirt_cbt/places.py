@@ -17,7 +17,8 @@ def run_root() -> str:
     if os.geteuid() == 0:
         return "/run/libvirt-cbt"
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return os.path.join(runtime, "libvirt-cbt") if runtime else f"{tempfile.gettempdir()}/libvirt-cbt-{os.geteuid()}"
+    folder = os.path.join(runtime, "libvirt-cbt") if runtime else f"{tempfile.gettempdir()}/libvirt-cbt-{os.geteuid()}"
+    return os.path.abspath(folder)
 
 
 def config_files() -> List[str]:

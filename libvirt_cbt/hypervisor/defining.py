@@ -14,6 +14,7 @@ from typing import Final, List, Mapping, Optional, Tuple
 from lxml import etree
 
 from libvirt_cbt import names, xmldoc
+from libvirt_cbt.hypervisor import reach
 
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 NAMESPACE: Final = "https://libvirt-cbt.invalid/boot/1"  # of our own element in <metadata>
@@ -58,6 +59,8 @@ def document(text: str, copy: Copy) -> Tuple[str, List[str]]:
             link = interface.find("link")
             link = etree.SubElement(interface, "link") if link is None else link
             link.set("state", "down")
+    own = {image.path for image in copy.images.values()} | {i.backing[0] for i in copy.images.values() if i.backing}
+    warnings += reach.warnings(root, own | {copy.nvram or ""})
     if copy.record:
         metadata = root.find("metadata")
         metadata = etree.SubElement(root, "metadata") if metadata is None else metadata
@@ -234,7 +237,14 @@ def _identity(root: etree._Element, uuid: str, warnings: List[str]) -> None:
 def _leave(root: etree._Element, warnings: List[str]) -> None:
     """Takes out what belongs to the original: its devices of the host, the files and sockets that it writes to."""
     gone: List[str] = []
+    # The stored label and emulator are those of another QEMU, which may have been allowed more than a copy should be.
+    _drop(root, "seclabel", "devices/emulator")
     for path, what in (
+        ("devices/filesystem", "shared folder"),
+        ("devices/shmem", "shared memory"),
+        ("devices/input[@type='evdev']", "input device of the host"),
+        ("devices/input[@type='passthrough']", "input device of the host"),
+        ("devices/tpm/backend[@type='passthrough']/..", "TPM of the host"),
         ("devices/hostdev", "host device"),
         ("devices/interface[@type='hostdev']", "passed-through network device"),
         ("devices/memory[@model='nvdimm']", "NVDIMM"),

@@ -39,7 +39,7 @@ def scratch_root(asked: Optional[str]) -> str:
     if os.geteuid() == 0:
         return DEFAULT_DIRECTORY
     data = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(data, "libvirt-cbt", "scratch")
+    return os.path.abspath(os.path.join(data, "libvirt-cbt", "scratch"))
 
 
 def places(backup: names.BackupId, targets: List[str], scratch_dir: Optional[str]) -> Places:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from typing import Any, Dict, Optional
 
 from libvirt_cbt import errors, extents, tools
@@ -57,19 +59,38 @@ def create_overlay(path: str, size: int, socket: str, export: str) -> None:
     tools.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=1.1", *backing, path, str(size)])
 
 
+def header(path: str) -> bytes:
+    """The first 80 bytes of a layer, which is a file of its own: a link would lead QEMU elsewhere, a pipe hold us up.
+
+    Errors: Damaged.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            found = os.read(fd, 80) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise errors.Damaged(path=path, reason=e.strerror) from None
+    if found[:4] != b"QFI\xfb" or len(found) < 80:
+        raise errors.Damaged(path=path, reason="it is no qcow2 image")
+    return found
+
+
+def virtual_size(path: str) -> int:
+    """Bytes of the disk that a layer is of.  Errors: Damaged.
+
+    https://www.qemu.org/docs/master/interop/qcow2.html, bytes 24 to 31.
+    """
+    return int.from_bytes(header(path)[24:32], "big")
+
+
 def refuse_external_data(path: str) -> None:
     """Refuses a layer whose header sends its data to another file (a repository is not trusted: it could name any).
 
     Errors: Damaged.  https://www.qemu.org/docs/master/interop/qcow2.html, incompatible features bit 2.
     """
-    try:
-        with open(path, "rb") as file:
-            header = file.read(80)
-    except OSError as e:
-        raise errors.Damaged(path=path, reason=e.strerror) from None
-    if header[:4] != b"QFI\xfb" or len(header) < 80:
-        raise errors.Damaged(path=path, reason="it is no qcow2 image")
-    if int.from_bytes(header[72:80], "big") & 4:
+    if int.from_bytes(header(path)[72:80], "big") & 4:
         raise errors.Damaged(path=path, reason="it refers to an external data file, which no layer of ours does")
 
 
@@ -81,8 +102,8 @@ def granularity(path: str) -> Optional[int]:
     """
     try:
         with open(path, "rb", buffering=0) as image:
-            header = image.read(24)
+            begin = image.read(24)
     except OSError:
         return None
-    bits = int.from_bytes(header[20:24], "big")
-    return max(4096, 1 << bits) if header[:4] == b"QFI\xfb" and 9 <= bits <= 21 else None
+    bits = int.from_bytes(begin[20:24], "big")
+    return max(4096, 1 << bits) if begin[:4] == b"QFI\xfb" and 9 <= bits <= 21 else None

@@ -222,11 +222,7 @@ def arguments(export: Export, number: int, folder: str = "") -> List[str]:
 
 def _require_size(path: str, capacity: int) -> None:
     """The image above would hide that a layer is too short: its end would read as zeroes."""
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(32)[24:], "big")
-    except OSError as e:
-        raise errors.Damaged(path=path, reason=e.strerror) from None
+    size = qcow2.virtual_size(path)
     if size != capacity:
         raise errors.Damaged(path=path, reason=f"it is an image of {size} bytes, the disk had {capacity}")
 

@@ -271,6 +271,23 @@ class Intent(Sealed):
     thaw_owed: bool = False
     started: str = Field(max_length=40)
 
+    @model_validator(mode="after")
+    def _named_by_id(self) -> Intent:
+        """What is removed after a crash lies in folders that carry the id: a repository of others names no other file."""
+        scratch = {t: os.path.join(self.scratch_dir, f"{t}.qcow2") for t in self.scratch}
+        ours = (
+            self.checkpoint == f"cbt-{self.id}"
+            and self.run_dir == os.path.normpath(self.run_dir)
+            and os.path.basename(self.run_dir) == self.id
+            and self.socket == os.path.join(self.run_dir, "nbd.sock")
+            and self.scratch_dir == os.path.normpath(self.scratch_dir)
+            and os.path.basename(self.scratch_dir) == self.checkpoint
+            and self.scratch == scratch
+        )
+        if not ours or not os.path.isabs(self.run_dir) or not os.path.isabs(self.scratch_dir):
+            raise ValueError("its files have other names than they must")
+        return self
+
 
 class PruneIntent(Sealed):
     """What a prune is about to take away, for people and for the next prune, which puts right what this one left."""

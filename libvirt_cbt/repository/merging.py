@@ -198,7 +198,10 @@ def empty_trash(kept: DomainStore) -> None:
     """Removes what a prune that was killed had forgotten by half."""
     trash = os.path.join(kept.path, REMOVED)
     with durable.explained(kept.repository.path, trash):
-        for entry in os.listdir(trash) if os.path.isdir(trash) else []:
+        if not os.path.lexists(trash):
+            return
+        durable.require_directory(trash)  # what a link leads to is none of ours
+        for entry in os.listdir(trash):
             durable.remove_directory(os.path.join(trash, entry))
 
 

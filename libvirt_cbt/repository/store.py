@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Callable, ContextManager, Final, Iterator, List, Optional
 
 from libvirt_cbt import durable, errors, extents, folders, names, points
-from libvirt_cbt.repository import history, lock, npy
+from libvirt_cbt.repository import access, history, lock, npy
 from libvirt_cbt.repository.manifest import Intent, Layers, Manifest, RepositoryFile
 
 FILE: Final = "repository.json"
@@ -30,7 +30,7 @@ class Repository:
     def init(path: str) -> Repository:
         """Makes a repository in a new or empty directory.  Errors: RepositoryError, RepositoryForeign, RepositoryDenied."""
         with durable.explained(path, path):
-            _require_sheltered(path)
+            access.require_sheltered(path)
             if os.path.lexists(path):
                 if not os.path.isdir(path):
                     raise errors.RepositoryForeign(repository=path)
@@ -70,7 +70,7 @@ class Repository:
                 )
             if status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
                 raise errors.RepositoryDenied(repository=path, reason=f"it belongs to user {status.st_uid}")
-            _require_sheltered(path)
+            access.require_sheltered(path)
             return Repository(path, RepositoryFile.load(file).id)
 
     def domain(self, uuid: names.DomainUuid) -> DomainStore:
@@ -113,13 +113,6 @@ class Repository:
         if not matches:
             raise errors.NotInRepository(domain=names.printable(domain), repository=self.path)
         return matches[0]
-
-
-def _require_sheltered(path: str) -> None:
-    """Errors: RepositoryDenied where others could put another folder in the place of the repository."""
-    reason = folders.exposed(os.path.abspath(path))
-    if reason:
-        raise errors.RepositoryDenied(repository=path, reason=reason)
 
 
 def _canonical(entry: str) -> bool:
@@ -181,6 +174,7 @@ class DomainStore:
     def lock(self, wait: float = 0, stop: Callable[[], None] = lambda: None) -> ContextManager[None]:
         """The one writer; makes the domain's directories first.  Errors: RepositoryBusy, RepositoryDenied."""
         with durable.explained(self.repository.path, self.path):
+            access.require_own(self.repository.path)
             for path in (self.path, os.path.join(self.path, "staging"), os.path.join(self.path, "backups")):
                 durable.ensure_directory(path)
             self.reserve()
@@ -366,6 +360,7 @@ class DomainStore:
         for entry in entries:
             path = os.path.join(staging, entry)
             try:
+                durable.require_directory(path)
                 intent: Optional[Intent] = Intent.load(os.path.join(path, "intent.json"))
                 if intent and (intent.id != entry or intent.repository != self.repository.id):
                     intent = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, Optional
 
 import libvirt
 import pytest
@@ -112,6 +112,36 @@ def test_the_document_with_the_same_identity(tmp_path: Path) -> None:
     assert not root.findtext("os/nvram") and any("UEFI" in w for w in warnings)
 
 
+HOSTILE = LIVE.replace(
+    "<nvram template", "<kernel>/etc/shadow</kernel><initrd>/root/key</initrd><nvram template"
+).replace(
+    "</devices>",
+    "<emulator>/home/evil/qemu</emulator>"
+    "<filesystem type='mount' accessmode='passthrough'><source dir='/'/><target dir='all'/></filesystem>"
+    "<shmem name='other'><model type='ivshmem-doorbell'/><server path='/run/evil.sock'/></shmem>"
+    "<input type='evdev'><source dev='/dev/input/event0'/></input>"
+    "<rng model='virtio'><backend model='random'>/dev/evil</backend></rng></devices>",
+).replace("<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>",
+          "<tpm model='tpm-tis'><backend type='passthrough'><device path='/dev/tpm0'/></backend></tpm>").replace(
+    "<seclabel type='dynamic'", "<seclabel type='static' model='dac' relabel='yes'><label>+0:+0</label></seclabel><seclabel type='dynamic'"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("uuid", [None, defining.new_uuid()])
+def test_what_a_document_reaches_on_this_host_is_left_out_or_named(tmp_path: Path, uuid: Optional[str]) -> None:
+    """Whoever could write to the repository chose what the domain's QEMU is, runs as and opens."""
+    images = {"vda": defining.Image("/new/vda.raw", "raw"), "vdb": defining.Image("/new/vdb.raw", "raw")}
+    text, warnings = defining.document(HOSTILE, defining.Copy("copy", uuid, images, nvram="/new/copy_VARS.fd"))
+    root = valid(text, tmp_path)
+    said = " ".join(warnings)
+    for reached in ("/home/evil/qemu", "/etc/shadow", "/root/key", "/dev/evil", "/run/evil.sock", "/dev/input", "/dev/tpm0", "+0:+0"):
+        assert reached not in text or reached in said, reached
+    assert "/etc/shadow (kernel)" in said and "/root/key" in said and "/dev/evil" in said
+    assert "/new/" not in said and "OVMF" not in said
+    left = [root.find(p) is not None for p in ("devices/emulator", "seclabel", "devices/filesystem", "devices/shmem", "devices/tpm")]
+    assert set(left) == {uuid is None}
+
+
 def test_overlay_document(tmp_path: Path) -> None:
     images = {"vda": defining.Image("/o/vda.qcow2", "qcow2", ("/r/s", "vda"))}
     copy = defining.Copy("b", defining.new_uuid(), images, links_down=True, record='{"a": "<&>"}')
@@ -179,7 +209,7 @@ def test_uefi_variables(tool: Tool, libvirtd: daemon.Daemon, made: List[str], tm
         found = tool.run("restore", "firmware", "--output", output, "--define", "copy").result
         assert Path(found["defined"]["nvram"]).read_bytes() == variables
         assert f">{output}/copy_VARS.fd</nvram>" in libvirtd.domain("copy").XMLDesc()
-        assert found["warnings"] == []
+        assert found["warnings"] == [f"it uses what this host has at {guest.folder}/CODE.fd (loader)"]
         path = f"{tool.repository}/{guest.uuid}/backups/{backup}/nvram"
         assert os.stat(path).st_mode & 0o077 == 0
         with open(path, "r+b") as file:
