@@ -93,7 +93,12 @@ def replace(path: str, data: bytes) -> None:
         os.unlink(part)  # left by a crash before the rename
     except FileNotFoundError:
         pass
-    write_new(part, data)
+    try:
+        write_new(part, data)
+    except OSError:
+        if os.path.lexists(part):
+            os.unlink(part)  # on a full disk it must not keep what little it got
+        raise
     os.rename(part, path)
     sync_directory(os.path.dirname(path))
 

@@ -195,7 +195,9 @@ class History:
 
     def nothing_left(self) -> None:
         kept = self.repository.domain(samples.UUID)
-        assert sorted(set(os.listdir(kept.path)) - {"removed", "verified.json"}) == ["backups", "lock", "reserve", "staging"]
+        notes = {"removed", "verified.json", "checked.json", "outcomes.json"}
+        found = sorted(set(os.listdir(kept.path)) - notes)
+        assert found == ["backups", "lock", "reserve", "staging"], found
         assert not os.path.isdir(os.path.join(kept.path, "removed")) or os.listdir(os.path.join(kept.path, "removed")) == []
         for made in kept.generations():
             layers = kept.layers(made.id)

@@ -102,3 +102,39 @@ def test_errors_as_sentences(number: int, kind: type[errors.CbtError]) -> None:
         raise OSError(number, os.strerror(number))
     assert "/repo" in str(caught.value)
     assert caught.value.code == 15
+
+
+def test_a_replacement_that_finds_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+
+    def full(_fd: int, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(durable, "write_all", full)
+    with pytest.raises(OSError, match="full"):
+        durable.replace(str(tmp_path / "a"), b"new")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"old"
+
+
+@pytest.mark.fault(54)
+def test_a_directory_that_is_exchanged_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looking and removing somebody puts a link to another directory in its place."""
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    for place in (ours, others):
+        place.mkdir()
+        (place / "a").write_bytes(b"x")
+    look = os.listdir
+
+    def exchanged(place: int) -> list[str]:
+        ours.rename(tmp_path / "away")
+        ours.symlink_to(others)
+        return look(place)
+
+    monkeypatch.setattr(os, "listdir", exchanged)
+    with pytest.raises(OSError, match="Not a directory"):
+        durable.remove_directory(str(ours))
+    assert look(others) == ["a"]
+    monkeypatch.setattr(os, "listdir", look)
+    with pytest.raises(OSError, match="Not a directory"):
+        durable.remove_directory(str(ours))
+    assert os.listdir(others) == ["a"]
