@@ -17,7 +17,7 @@ from libvirt_cbt import errors
 
 FILE_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o700
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -28,7 +28,7 @@ def explained(repository: str, path: str) -> Iterator[None]:
         yield
     except OSError as e:
         reason = e.strerror or str(e)
-        if e.errno in _FULL:
+        if e.errno in FULL:
             raise errors.RepositoryFull(repository=repository, path=path) from None
         if e.errno in _DENIED:
             raise errors.RepositoryDenied(repository=repository, reason=f"{path}: {reason}") from None

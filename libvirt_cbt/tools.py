@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from typing import Dict, Final, Sequence
 
-from libvirt_cbt import errors, names
+from libvirt_cbt import durable, errors, names
 
 PACKAGES: Final[Dict[str, str]] = {
     "qemu-img": "qemu-utils (Debian) or qemu-img (Fedora)",
@@ -58,3 +58,8 @@ def run(argv: Sequence[str], *, timeout: float = 600, keep: Sequence[int] = ()) 
         lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
         raise errors.ToolFailed(tool=argv[0], reason=names.printable(lines[-1], 500))
     return done.stdout.decode(errors="replace")
+
+
+def out_of_room(error: errors.ToolFailed) -> bool:
+    """Whether a tool failed because the file system that it wrote to is full."""
+    return any(str(error.facts["reason"]).endswith(os.strerror(number)) for number in durable.FULL)

@@ -222,14 +222,23 @@ class Job(Fleece):
             freezes = plan.request.quiesce != "none" and not quiesce.unfreezable(plan.dom)
             self.stage.advance("freezing", self._guard.process, thaw_owed=freezes)
             bracket = quiesce.Quiesce(plan.host, plan.dom, plan.request.quiesce, self._guard)
-            _, self.quiesced = bracket.around(lambda: _begin(plan), self._hooks.frozen)
+            _, self.quiesced = bracket.around(self._begin_job, self._hooks.frozen)
             self.frozen_at = now()
             self._begun = time.monotonic()
             self.stage.advance("running", thaw_owed=not self.quiesced.thawed)
 
+    def _begin_job(self) -> None:
+        try:
+            _begin(self.plan)
+        except errors.HypervisorError as e:
+            raise self._switched_off(e) or e from None
+
     def exported(self) -> Dict[str, Exported]:
-        """Where each disk can be read, by target."""
-        running = job.exports(self.plan.host, self.plan.dom.uuid)
+        """Where each disk can be read, by target.  Errors: SourceLost, HypervisorError."""
+        try:
+            running = job.exports(self.plan.host, self.plan.dom.uuid)
+        except errors.HypervisorError as e:
+            raise self.lost(e) from None
         found = {}
         for disk in self.plan.disks:
             export = documents.require(running, disk.target)
@@ -252,12 +261,19 @@ class Job(Fleece):
             self._guard.check()
         except errors.ScratchExhausted as e:
             return e
-        target = error.facts.get("target") or error.facts.get("export")
-        if not domain.alive(self.plan.host, self.plan.dom.uuid):
-            return errors.SourceLost(target=target, reason="the guest was switched off or its QEMU died")
-        if not self.alive():
-            return errors.SourceLost(target=target, reason="somebody else ended the backup job")
-        return error
+        gone = self._switched_off(error)
+        if gone is None and not self.alive():
+            gone = errors.SourceLost(target=self._target(error), reason="somebody else ended the backup job")
+        return gone or error
+
+    def _switched_off(self, error: errors.CbtError) -> Optional[errors.SourceLost]:
+        """The error to tell of instead, if the guest has gone; of a daemon that does not answer nothing can be learnt."""
+        if isinstance(error, errors.NoHypervisor) or domain.alive(self.plan.host, self.plan.dom.uuid):
+            return None
+        return errors.SourceLost(target=self._target(error), reason="the guest was switched off or its QEMU died")
+
+    def _target(self, error: errors.CbtError) -> str:
+        return str(error.facts.get("target") or error.facts.get("export") or self.plan.disks[0].target)
 
     def let_go(self) -> None:
         """Ends the job; where it does not end, `undo` tells of it and does not wait once more."""

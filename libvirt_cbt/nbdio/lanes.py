@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Final, List, Optional, Sequence
 
 import blake3
 
-from libvirt_cbt import errors, extents
+from libvirt_cbt import durable, errors, extents
 from libvirt_cbt.nbdio import client
 
 ZERO_PIECE: Final = 1 << 30  # NBD lengths have 32 bits
@@ -182,6 +182,6 @@ def digest(data: Any) -> bytes:
 
 def write_failed(path: str, error: int) -> errors.CbtError:
     """The typed error for a write that a sink refused."""
-    if error in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error in durable.FULL:
         return errors.RepositoryFull(repository=os.path.dirname(path), path=os.path.basename(path))
     return errors.RepositoryError(reason=f"cannot write {path}: {os.strerror(error)}")

@@ -379,7 +379,7 @@ def _resize(layer: str, size: int) -> None:
     now = virtual_size(layer)
     if now != size:
         shrink = ["--shrink"] if size < now else []
-        tools.run(["qemu-img", "resize", "-q", *shrink, server.alone(layer), str(size)])
+        qcow2.on_layer(layer, ["qemu-img", "resize", "-q", *shrink, server.alone(layer), str(size)])
 
 
 def virtual_size(layer: str) -> int:
@@ -389,9 +389,12 @@ def virtual_size(layer: str) -> int:
 
 
 def rebase(layer: str, backing: str) -> None:
-    """Names another backing file in a layer's header; nothing is read or copied.  Errors: Damaged, ToolFailed."""
+    """Names another backing file in a layer's header; nothing is read or copied.
+
+    Errors: Damaged, RepositoryFull, ToolFailed.
+    """
     qcow2.refuse_external_data(layer)
-    tools.run(["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2", layer])
+    qcow2.on_layer(layer, ["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2", layer])
 
 
 def mend_leaks(layer: str) -> None:

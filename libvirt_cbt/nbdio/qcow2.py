@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from libvirt_cbt import errors, extents, tools
 
@@ -28,14 +28,24 @@ def create_layer(path: str, size: int, *, backing: Optional[str], compress: bool
     ]
     if backing:
         argv += ["-u", "-b", backing, "-F", "qcow2"]
-    tools.run([*argv, path, str(rounded(size))])
+    on_layer(path, [*argv, path, str(rounded(size))])
 
 
 def finish_layer(path: str, size: int) -> None:
     """Cuts a written layer to the disk's exact size."""
     if rounded(size) != size:
         # Alone, as it was written: a damaged or missing parent must not end a backup here.
-        tools.run(["qemu-img", "resize", "-q", "--shrink", "json:" + json.dumps(alone(path)), str(size)])
+        on_layer(path, ["qemu-img", "resize", "-q", "--shrink", "json:" + json.dumps(alone(path)), str(size)])
+
+
+def on_layer(path: str, argv: Sequence[str]) -> None:
+    """Runs a tool that writes to a layer.  Errors: RepositoryFull, ToolFailed."""
+    try:
+        tools.run(argv)
+    except errors.ToolFailed as e:
+        if tools.out_of_room(e):
+            raise errors.RepositoryFull(repository=os.path.dirname(path), path=os.path.basename(path)) from None
+        raise
 
 
 def alone(path: str) -> Dict[str, Any]:

@@ -29,6 +29,7 @@ import pytest
 from lxml import etree
 
 import libvirt_cbt
+from libvirt_cbt import errors
 from libvirt_cbt.hypervisor import guard, job
 from tests import patience
 from tests.faults.events import Events
@@ -130,6 +131,28 @@ def test_a_source_that_goes_during_the_copy_is_noticed_at_once(
     guest.start()
     # libvirt saves the bitmaps when it ends a QEMU in order.
     _right(tool, guest, tmp_path, "full" if how == "killed" else "incremental")
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize("moment", ["begin", "exports"])
+def test_a_source_that_goes_as_the_job_begins_is_lost_too(
+    tool: Tool, guest: PlainGuest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moment: str
+) -> None:
+    tool.backup(guest)
+    call = getattr(job, moment)
+
+    def destroyed(*arguments: Any) -> Any:
+        guest.destroy()
+        return call(*arguments)
+
+    for name, value in tool.host.environment().items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patched, libvirt_cbt.Session(repository=tool.repository) as session:
+        patched.setattr(job, moment, destroyed)
+        with pytest.raises(errors.SourceLost, match="switched off"):
+            libvirt_cbt.backup(session, guest.name, scratch_dir=tool.host.scratch)
+    guest.start()
+    _right(tool, guest, tmp_path, "incremental")
 
 
 @pytest.mark.fault(3)

@@ -15,6 +15,7 @@ from libvirt_cbt import errors, extents
 from libvirt_cbt.nbdio import copy, lanes, qcow2, server
 from tests import patience
 from tests.guests.proxy import CUT, GO_AWAY, Proxy
+from tests.nbd import histories
 from tests.nbd.conftest import MIB, Chain, Disk, nbdkit, none_also, nothing, served
 
 SIZE = 16 * MIB
@@ -277,6 +278,17 @@ def test_a_full_file_system_under_a_real_layer(folder: str) -> None:
                 full(source, sink)
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+def test_no_room_for_an_empty_layer(folder: str) -> None:
+    """qemu-img says it in words only."""
+    small = os.path.join(folder, "small")
+    with histories.tmpfs(small, "64k"):
+        with pytest.raises(errors.RepositoryFull, match=r"vda\.qcow2"):
+            qcow2.create_layer(os.path.join(small, "vda.qcow2"), SIZE, backing=None, compress=True)
+    with pytest.raises(errors.ToolFailed, match="No such file"):
+        qcow2.create_layer(os.path.join(folder, "nowhere/vda.qcow2"), SIZE, backing=None, compress=True)
 
 
 def test_an_increment_is_whole_after_a_failed_attempt(folder: str) -> None:
