@@ -16,7 +16,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, List
 
 import libvirt
 import pytest
@@ -189,7 +189,7 @@ def test_a_signal_ends_the_waiting(tool: Tool, guest: PlainGuest, number: signal
         time.sleep(1)
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(1.5) == 128 + number
+        assert process.wait(30) == 128 + number
     assert _type(guest) == libvirt.VIR_DOMAIN_JOB_NONE
 
 
@@ -225,12 +225,17 @@ def test_what_another_repository_has_begun_or_left_is_not_touched(
 def _only_named(tool: Tool, guest: PlainGuest) -> Ended:
     before = [c.getName() for c in guest.domain.listAllCheckpoints()]
     done = tool.run("recover", guest.name).result
-    assert (done["actions"], done["left"]) == ([], [])
+    assert (_of_runs(done["actions"]), done["left"]) == ([], [])
     busy = tool.run("backup", guest.name)
     assert (busy.code, busy.document["error"]["kind"]) == (11, "DomainBusy"), busy
     assert _type(guest) != libvirt.VIR_DOMAIN_JOB_NONE
     assert [c.getName() for c in guest.domain.listAllCheckpoints()] == before
     return busy
+
+
+def _of_runs(actions: List[str]) -> List[str]:
+    """Without the folders of dead servers' sockets, which belong to no run and no repository."""
+    return [action for action in actions if "/read-" not in action]
 
 
 @pytest.mark.fault(7)
@@ -247,7 +252,7 @@ def test_what_a_run_of_another_host_has_left_is_said_and_left(
     path.write_bytes(intent.model_copy(update={field: "elsewhere"}).dump())
     checkpoints = [c.getName() for c in guest.domain.listAllCheckpoints()]
     done = tool.run("recover", guest.name).result
-    assert done["actions"] == []
+    assert _of_runs(done["actions"]) == []
     assert len(done["left"]) == 1
     assert intent.id in done["left"][0]
     assert "elsewhere" in done["left"][0]
