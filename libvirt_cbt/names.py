@@ -100,6 +100,11 @@ def disk(disks: Iterable[D], asked: str) -> Optional[D]:
     return found[0] if found else None
 
 
+def without_password(uri: str) -> str:
+    """A URI for a document, a log or an argument list: `user:password@host` has its user only.  RFC 3986, 3.2.1."""
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://[^/?#@:]*):[^/?#]*@", r"\1@", uri)
+
+
 def printable(text: str, limit: int = 200) -> str:
     """Untrusted text for a terminal or a log: no control characters, no endless line."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])

@@ -75,12 +75,12 @@ def fleet(session: Session, config: Config, places: Sequence[Place], domains: Co
     if not config.policy:
         raise errors.Usage(reason="the configuration has no [policy.NAME]; libvirt-cbt.toml(5) and docs/automation.md show some")
     repository = session.repository(make=not how.dry_run)
-    hosts = [place.uri or session.uri or "" for place in places]
+    hosts = [names.without_password(place.uri or session.uri or "") for place in places]
     started = datetime.now(timezone.utc)
     found = Fleet()
     with runs.alone(repository, hosts):
         chosen = _chosen(session, config, places, domains, how, found)
-        tasks = [several.Task(one, how.argv(one)) for one in chosen]
+        tasks = [several.Task(one, how.argv(one), _told(one)) for one in chosen]
         if not tasks and not found.failures:
             session.watch.note("no domain is to be backed up; `libvirt-cbt config` shows why")
         ended: Dict[int, results.Run] = {}
@@ -103,6 +103,11 @@ def fleet(session: Session, config: Config, places: Sequence[Place], domains: Co
                 host_failures=[runs.host_failure(host, error) for host, error in found.failures],
             )
     return found
+
+
+def _told(chosen: Chosen) -> Dict[str, str]:
+    """Where libvirt is, by the environment: arguments are for everybody to see, and a URI may hold a password."""
+    return {"LIBVIRT_DEFAULT_URI": chosen.place.uri} if chosen.place.uri else {}
 
 
 def _chosen(

@@ -7,11 +7,12 @@ connection to libvirt and its own guard, and no two share Python's lock.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, Callable, Dict, Final, Iterator, List, Optional, Sequence
 
 from libvirt_cbt import errors, tools
@@ -22,10 +23,11 @@ TICK: Final = 0.05  # seconds between two looks
 
 @dataclass(frozen=True)
 class Task:
-    """`argv` prints one JSON document for one domain."""
+    """`argv` prints one JSON document for one domain; `environment` is laid over ours."""
 
     chosen: Chosen
     argv: Sequence[str]
+    environment: Dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,10 @@ def _started(task: Task) -> _Running:
     # It ends in order, too, when this process is killed.  A session of its own: Ctrl-C comes to it through us alone.
     argv = [tools.find("setpriv"), "--pdeathsig", "TERM", "--", *task.argv]
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, start_new_session=True, cwd="/")
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=output, start_new_session=True, cwd="/",
+            env={**os.environ, **task.environment},
+        )  # fmt: skip
     except OSError as e:
         output.close()
         raise errors.ToolFailed(tool=argv[0], reason=e.strerror or str(e)) from None

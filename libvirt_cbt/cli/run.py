@@ -64,12 +64,11 @@ def _fleet(
     from libvirt_cbt.actions import fleet
 
     def argv(chosen: policies.Chosen) -> List[str]:
-        uri = ["-c", chosen.place.uri] if chosen.place.uri else []
         config = ["--config", os.path.abspath(settings.config_file)] if settings.config_file else []
         told = ["-v"] if settings.verbose else ["-q"] if settings.quiet else []
         last = ["--dry-run"] if dry_run else []
         program = [sys.executable, "-c", PROGRAM, PACKAGE]
-        return [*program, *uri, *config, "-r", session.path, "--json", *told, "run", "--alone", chosen.uuid, *last]
+        return [*program, *config, "-r", session.path, "--json", *told, "run", "--alone", chosen.uuid, *last]
 
     def show(made: results.Run) -> None:
         if not settings.json:

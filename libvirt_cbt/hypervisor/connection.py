@@ -61,13 +61,15 @@ class Host:
         self._patience = RECONNECT_SECONDS
         self._known: Tuple[Any, str, Any] = (None, "", None)
         self._conn: Any = self._connect()
-        self.uri: str = self._conn.getURI()
+        # For a guard of ours, through a pipe; everything else has `uri`.
+        self.address: str = self._conn.getURI()
+        self.uri = names.without_password(self.address)
 
     def _connect(self) -> Any:
         try:
             conn = libvirt.open(self._asked)
         except libvirt.libvirtError as e:
-            raise errors.NoHypervisor(uri=self._asked or "the default URI", reason=message(e)) from None
+            raise errors.NoHypervisor(uri=names.without_password(self._asked or "the default URI"), reason=message(e)) from None
         if not _embedded(self._asked or ""):  # without a daemon there is nothing to keep alive
             try:
                 conn.setKeepAlive(*KEEPALIVE)

@@ -50,13 +50,14 @@ class Guard:
             self.absent = "the embedded driver has no second connection for a thaw watchdog"
             return
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", PROGRAM, PACKAGE, host.uri, uuid],
+            [sys.executable, "-I", "-c", PROGRAM, PACKAGE, uuid],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal is the tool's, and so is the end of its session
             cwd="/",
         )
+        self._say(connect=host.address)  # not as an argument: those are for everybody to see, and a URI may hold a password
 
     def __enter__(self) -> Guard:
         return self

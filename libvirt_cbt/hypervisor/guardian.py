@@ -217,16 +217,27 @@ def say(what: str, **facts: Any) -> None:
 
 
 def main(arguments: List[str]) -> None:
-    """`guardian URI UUID`, commands on standard input."""
+    """`guardian UUID`; the first line of standard input says where libvirt is, those that follow are commands."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # it ends with the tool, and not before it
     try:
         os.nice(NICE)
     except OSError:
         pass  # not root
-    uri, uuid = arguments
-    Guardian(_connected(uri), names.domain_uuid(uuid)).run()
+    (uuid,) = arguments
+    Guardian(_connected(json.loads(_first_line())["connect"]), names.domain_uuid(uuid)).run()
     os._exit(0)  # a statistics thread may hang in libvirt
+
+
+def _first_line() -> bytes:
+    """Not a byte more: what comes behind it is waited for by `select`.  Without it the tool died before its first effect."""
+    found = b""
+    while not found.endswith(b"\n"):
+        data = os.read(0, 1)
+        if not data:
+            sys.exit(0)
+        found += data
+    return found
 
 
 def _connected(uri: str) -> connection.Host:

@@ -275,9 +275,11 @@ def _ended(pid: int) -> None:
 def test_a_guard_that_comes_while_the_daemon_is_away_waits_for_it(tool: Tool, guest: PlainGuest) -> None:
     """On a busy host the copy has begun before its guard is connected."""
     tool.host.kill()
-    argv = [sys.executable, "-I", "-c", guard.PROGRAM, guard.PACKAGE, tool.host.uri, guest.uuid]
+    argv = [sys.executable, "-I", "-c", guard.PROGRAM, guard.PACKAGE, guest.uuid]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guardian:
         assert guardian.stdin and guardian.stdout
+        guardian.stdin.write(json.dumps({"connect": tool.host.uri}).encode() + b"\n")
+        guardian.stdin.flush()
         time.sleep(2)  # its first try
         assert guardian.poll() is None
         tool.host.start()
