@@ -80,8 +80,16 @@ _HOME = {
 }
 
 
+VERBS = frozenset(__all__) - {"Session", "Watch"}
+
+
 def __getattr__(name: str) -> Any:
     # Verbs are imported when they are first used: `--version` and completion stay quick.
     if name not in __all__:
         raise AttributeError(name)
-    return getattr(importlib.import_module(f"libvirt_cbt.actions.{_HOME.get(name, name)}"), name)
+    found = getattr(importlib.import_module(f"libvirt_cbt.actions.{_HOME.get(name, name)}"), name)
+    if name not in VERBS:
+        return found
+    from libvirt_cbt.hooks import entrypoints
+
+    return entrypoints.around(name, found)
