@@ -7,7 +7,18 @@ from dataclasses import asdict, replace
 from typing import Collection, List, Optional, Tuple
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.actions import auditing, fleecing, opening, phases, planning, pulling, recording, recover, results
+from libvirt_cbt.actions import (
+    auditing,
+    events,
+    fleecing,
+    opening,
+    phases,
+    planning,
+    pulling,
+    recording,
+    recover,
+    results,
+)
 from libvirt_cbt.actions.fleecing import Request
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, domain
@@ -48,10 +59,7 @@ def backup(
     NotConsistent (with quiesce "agent"), ScratchSpace and kin, SourceLost, RepositoryError and kin; nothing is published
     then, and the next run is an increment.
     """
-    if compress not in ("zstd", "none"):
-        raise errors.Usage(reason=f"compress is zstd or none, not '{compress}'")
-    if heal and not audit:
-        raise errors.Usage(reason="--heal stores what --audit finds; give both")
+    _require_sense(compress, audit=audit, heal=heal)
     request = Request(
         False, full, tuple(disks), tuple(exclude), quiesce, scratch_dir, max_duration, allow_plaintext, max_chain
     )
@@ -69,18 +77,26 @@ def backup(
                 fleece.warnings += warnings
                 hooks.ready(fleece)
                 audits, missed = _audited(session, kept, fleece, options or Options(), heal=heal) if audit else (None, {})
-                reads = pulling.pulled(
-                    session, kept, fleece, options or Options(), compress=compress == "zstd", missed=missed
-                )
+                zstd = compress == "zstd"
+                reads = pulling.pulled(session, kept, fleece, options or Options(), compress=zstd, missed=missed)
                 fleece.close()
                 hooks.disks_done(reads)
-                fleece.warnings += hooks.complaints()
+                fleece.warnings += hooks.complaints() + events.unsure(kept, plan.disks, audits or [])
                 made, layers = recording.recorded(fleece, reads)
                 session.watch.stop()
                 fleece.stage.publish(made, layers)
+            events.settled(kept, made, audits or [])
             recover.retire(session, kept)
         result = recording.backup_result(made, round(time.monotonic() - begun, 3), audits)
         return replace(result, warnings=result.warnings + hooks.committed(kept, made, result))
+
+
+def _require_sense(compress: str, *, audit: bool, heal: bool) -> None:
+    """Errors: Usage."""
+    if compress not in ("zstd", "none"):
+        raise errors.Usage(reason=f"compress is zstd or none, not '{compress}'")
+    if heal and not audit:
+        raise errors.Usage(reason="--heal stores what --audit finds; give both")
 
 
 def _planned(session: Session, kept: store.DomainStore, request: Request, *, require_all: bool) -> fleecing.Plan:

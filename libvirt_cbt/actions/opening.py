@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ContextManager, List
 
-from libvirt_cbt.actions import fleecing, offline, phases, recover, tracking
+from libvirt_cbt.actions import events, fleecing, offline, phases, recover, tracking
 from libvirt_cbt.actions.fleecing import Fleece, Plan, Request
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, domain, job
@@ -18,6 +18,7 @@ def prepared(session: Session, kept: store.DomainStore, domain_name: str, wait: 
     """
     recover.reconcile(session, kept)
     job.wait_idle(session.host, kept.uuid, domain_name, wait, session.watch.stop)
+    events.heard(session, kept)
     return tracking.regain(session, kept)
 
 

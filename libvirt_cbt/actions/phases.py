@@ -38,7 +38,7 @@ class Phases:
             "verb": verb,
             "domain": {"name": domain_name, "uuid": None},
             "repository": session.path,
-            "uri": session.uri,
+            "uri": names.without_password(session.uri) if session.uri else None,
             "backup": None,
             "generation": None,
             "disks": [],

@@ -10,7 +10,7 @@ from libvirt_cbt import errors, names
 from libvirt_cbt.actions import tracking
 from libvirt_cbt.hypervisor import documents, domain
 from libvirt_cbt.nbdio.copy import ALL, DIRTY, NOTHING
-from libvirt_cbt.repository import manifest, store
+from libvirt_cbt.repository import doubts, manifest, store
 
 MAX_CHAIN: Final = 60  # reading slows with depth; facts in design.md
 ASKED: Final = "asked for, with --full or by full_every of its policy"
@@ -120,7 +120,7 @@ def _disk(
     mark: bool,
     max_chain: int,
 ) -> DiskPlan:
-    broken = disk.untracked or _broken(disk, history, checkpoints)
+    broken = disk.untracked or _broken(disk, history, checkpoints) or _reverted(kept)
     if broken:
         first = not any(m.disk(disk.target) for m in history) and not disk.untracked
         reason = "first backup of this disk" if first else broken
@@ -171,6 +171,12 @@ def _broken(
         if was != now:
             return f"the disk's {what} changed from {was or 'none'} to {now or 'none'}"
     return _another_image(disk, entry, history)
+
+
+def _reverted(kept: store.DomainStore) -> Optional[str]:
+    """What a hook has told, whatever the bitmaps say."""
+    time = doubts.reverted(kept)
+    return f"the guest was put back to a snapshot at {time}" if time else None
 
 
 def _absent(target: str, history: List[manifest.Manifest]) -> str:

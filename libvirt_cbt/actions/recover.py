@@ -11,7 +11,7 @@ from typing import List, Tuple
 
 from libvirt_cbt import errors, names, processes
 from libvirt_cbt import places as machine
-from libvirt_cbt.actions import offline, results
+from libvirt_cbt.actions import events, offline, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, checkpoints, connection, domain, job, pace, quiesce, scratch
 from libvirt_cbt.nbdio import server
@@ -19,13 +19,23 @@ from libvirt_cbt.repository import manifest, staging, store
 
 
 def recover(session: Session, domain_name: str) -> results.Recover:
-    """Cleans up after dead runs of one domain.  Errors: NotInRepository, RepositoryBusy, NoHypervisor."""
+    """Cleans up after dead runs of one domain, and looks into what hooks have noted of it.
+
+    Errors: NotInRepository, RepositoryBusy, PointOpen, NoHypervisor.
+    """
     kept = session.live(domain_name)
     with kept.lock():
         done, left = reconcile(session, kept)
         done += retire(session, kept)
         done += [f"removed {path}" for path in server.sweep(machine.run_root())]
-        return results.Recover(domain=kept.name, actions=done, left=left)
+        seen = events.attend(session, kept)
+        return results.Recover(kept.name, done + seen.done, left + seen.left, waiting=seen.waiting)
+
+
+def known(session: Session, *, noted: bool = False) -> List[names.DomainUuid]:
+    """The domains to look at: all of the repository, or with `noted` those that a hook has noted something of."""
+    found = events.waiting(session)
+    return found if noted else session.repository().uuids()
 
 
 def reconcile(session: Session, kept: store.DomainStore) -> Tuple[List[str], List[str]]:

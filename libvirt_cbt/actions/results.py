@@ -148,6 +148,7 @@ class Status:
     age_seconds: Optional[float]
     disks: List[StatusDisk]
     open_point: Optional[OpenPoint] = None
+    doubt: Optional[str] = None  # a sentence, after a crash or a revert
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,12 @@ class Verify:
 
 @dataclass(frozen=True)
 class Recover:
+    """`waiting` counts what hooks have noted and could not be looked into yet."""
+
     domain: str
     actions: List[str]
     left: List[str]
+    waiting: int = 0
 
 
 @dataclass(frozen=True)
@@ -559,3 +563,31 @@ class Run:
     verify: Optional[Verify]
     failures: List[Failure]
     seconds: float
+
+
+@dataclass(frozen=True)
+class HooksInstalled:
+    """`next` are sentences: what is still to be done."""
+
+    kind: str
+    files: List[str]
+    spool: str
+    next: List[str]
+
+
+@dataclass(frozen=True)
+class HooksRemoved:
+    kind: str
+    removed: List[str]
+    next: List[str]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """`kind` is libvirt, vdsm, entry point or script; `state` ok, warning or absent; `events` wait to be looked into."""
+
+    kind: str
+    state: str
+    detail: str
+    files: List[str]
+    events: int = 0

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from typing import Dict, List, Optional
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.actions import offline, results
+from libvirt_cbt.actions import events, offline, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, checkpoints, documents, domain, job
 from libvirt_cbt.repository import manifest, store
@@ -41,6 +41,7 @@ def _status(session: Session, kept: store.DomainStore) -> results.Status:
         age_seconds=_age(newest.frozen_at) if newest else None,
         disks=[_disk(kept, disk, newest, found, asleep, running=dom.running) for disk in dom.disks],
         open_point=_open_point(session, kept),
+        doubt=events.doubtful(kept),
     )
 
 

@@ -38,6 +38,7 @@ COMMANDS: Final[Dict[str, str]] = {
     "recover": "put right what a crash left; safe to repeat",
     "untrack": "take our checkpoints off a domain",
     "run": "back up, thin out and verify by policy",
+    "hooks": "what libvirt, oVirt and others call, and what calls them",
     "config": "what the configuration says, and for which domain",
 }
 COLLECT_AFTER: Final = 50_000  # objects: some MB at most, if all of them were garbage

@@ -24,6 +24,8 @@ def command(settings: output.Settings, domain: Optional[str]) -> None:
 def _show(found: results.Status) -> None:
     newest = f"generation {found.generation}, {found.age_seconds:.0f} s old" if found.generation else "never backed up"
     output.say(f"{found.domain}: {found.state}, {newest}")
+    if found.doubt:
+        output.say(f"  in doubt: {found.doubt}")
     if found.open_point:
         point = found.open_point
         lost = "" if point.alive else ": its job has ended, `stop` gives it up"

@@ -13,6 +13,14 @@ from libvirt_cbt import errors, names, xmldoc
 from libvirt_cbt.hypervisor import connection
 
 STATES: Final = ("in no state", "running", "blocked", "paused", "shutting down", "shut off", "crashed", "suspended")
+CRASHED: Final = "crashed"
+REVERTED: Final = "reverted"
+_FATES: Final = {
+    (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_CRASHED): CRASHED,
+    (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_FROM_SNAPSHOT): REVERTED,
+    (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_FROM_SNAPSHOT): REVERTED,
+    (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_FROM_SNAPSHOT): REVERTED,
+}
 AGENT_CHANNEL: Final = "org.qemu.guest_agent.0"
 
 
@@ -102,6 +110,16 @@ def alive(host: connection.Host, uuid: names.DomainUuid) -> bool:
     except libvirt.libvirtError as e:
         return bool(e.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN)
     return state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED, libvirt.VIR_DOMAIN_PAUSED)
+
+
+def fate(host: connection.Host, uuid: names.DomainUuid) -> Optional[str]:
+    """What libvirt remembers of how the guest came to be as it is: CRASHED, REVERTED (to a snapshot), or None.
+
+    It forgets with the next start, stop or pause.  Errors: NoSuchDomain, HypervisorError.
+    """
+    dom = host.lookup(uuid)
+    with host.translated(uuid):
+        return _FATES.get(tuple(dom.state()))
 
 
 def allocation(host: connection.Host, uuid: names.DomainUuid, target: str) -> int:

@@ -224,7 +224,9 @@ class Daemon:
         return {
             "LIBVIRT_DEFAULT_URI": self.uri,
             "LIBVIRT_CBT_RUN_DIR": self.run_dir,
-            "LIBVIRT_CBT_HOOKS_DIR": os.path.join(self.root, "hooks.d"),  # not the host's; there is none
+            # Not the host's; there are none.
+            "LIBVIRT_CBT_HOOKS_DIR": os.path.join(self.root, "hooks.d"),
+            "LIBVIRT_CBT_SPOOL_DIR": os.path.join(self.root, "spool"),
         }
 
     def inside(self, path: str) -> str:
@@ -247,6 +249,14 @@ class Daemon:
             if b"-uuid" in words and words[words.index(b"-uuid") + 1] == uuid.encode():
                 return int(pid)
         raise LookupError(f"no QEMU runs the domain {uuid}")
+
+    @property
+    def hooks(self) -> str:
+        """The folder of the hooks that it calls for its guests; a daemon that had none when it started needs a restart.
+
+        Only of a daemon of root's: the others call those of the host.
+        """
+        return os.path.join(self.root, "state/etc/libvirt/hooks/qemu.d")
 
     def qemu_log(self, name: str) -> str:
         """The path of a guest's log, to which its QEMU prints."""

@@ -6,8 +6,9 @@ import importlib
 import inspect
 import re
 from pathlib import Path
-from typing import Dict, Final, Type
+from typing import Dict, Final, Set, Type
 
+import click
 import pytest
 
 import libvirt_cbt
@@ -16,6 +17,12 @@ from libvirt_cbt import cli, errors
 ROOT: Final = Path(__file__).resolve().parents[2]
 README: Final = ROOT / "README.md"
 EXIT_CODES: Final = ROOT / "docs" / "exit-codes.md"
+
+
+def options(command: click.Command) -> Set[str]:
+    """Of a command, or of all commands of a group."""
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    return {name for one in (command, *below) for parameter in one.params for name in parameter.opts}
 
 
 def kinds() -> Dict[str, Type[errors.CbtError]]:
@@ -48,11 +55,7 @@ def test_the_readme_shows_no_command_or_option_that_is_not_there() -> None:
     shown = set(re.findall(r"libvirt-cbt (?:-r \S+ )?([a-z]+)", text))
     assert shown <= set(cli.COMMANDS)
     for command, row in re.findall(r"^\| `([a-z]+)(.*)$", text, re.MULTILINE):
-        known = {
-            name
-            for parameter in importlib.import_module(f"libvirt_cbt.cli.{command}").command.params
-            for name in parameter.opts
-        }
+        known = options(importlib.import_module(f"libvirt_cbt.cli.{command}").command)
         assert set(re.findall(r"--[a-z-]+", row)) <= known
 
 

@@ -42,6 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_the_wheel_holds_every_module_and_template(wheel: zipfile.ZipFile) -> None:
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "libvirt_cbt").rglob("*.py")}
     wanted |= {f"libvirt_cbt/xml_templates/{path.name}" for path in (ROOT / "xml_templates").glob("*.xml")}
+    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "libvirt_cbt" / "hooks" / "files").iterdir()}
     wanted.add("libvirt_cbt/py.typed")
     assert not wanted - set(wheel.namelist())
 
