@@ -17,8 +17,12 @@ def argument(value: object) -> str:
 
     The names of guests are other people's.
     """
-    text = str(value)
-    return f"-- {shlex.quote(text)}" if text.startswith("-") else shlex.quote(text)
+    return f"-- {quoted(value)}" if str(value).startswith("-") else quoted(value)
+
+
+def quoted(value: object) -> str:
+    """The same behind an option, whose value may begin with anything."""
+    return shlex.quote(str(value))
 
 
 class _Sentence(string.Formatter):

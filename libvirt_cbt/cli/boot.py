@@ -66,7 +66,7 @@ def _show(found: results.Boot) -> None:
         output.say(f"{disk.target}  {output.size(disk.capacity)}  writes to {disk.overlay}")
     for warning in found.warnings:
         output.say(f"warning: {warning}")
-    output.say(f"`libvirt-cbt boot --discard {errors.argument(found.name)}` removes it")
+    output.say(f"`libvirt-cbt boot --discard {errors.quoted(found.name)}` removes it")
 
 
 def _show_discarded(found: results.Discard) -> None:

@@ -92,7 +92,7 @@ def test_a_command_in_a_sentence_names_the_guest_and_runs_nothing_else(text: str
 @pytest.mark.fault(59)
 def test_every_name_in_a_command_is_quoted() -> None:
     """Between backticks a sentence has a command: what is filled in there is `{name!q}`, or an id of ours."""
-    ours = ("uuid", "dom.uuid", "where", "errors.argument(")
+    ours = ("uuid", "dom.uuid", "where", "errors.argument(", "errors.quoted(")
     found: List[str] = []
     for path in sorted(CLI.parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
