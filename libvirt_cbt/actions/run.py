@@ -55,7 +55,7 @@ class _Work:
 
     def __init__(self, session: Session, kept: store.DomainStore, chosen: Chosen, *, dry_run: bool) -> None:
         self._session, self._kept, self._dry_run = session, kept, dry_run
-        self._name, self._rules = names.printable(chosen.name), chosen.rules
+        self._rules = chosen.rules
         self._options = Options(bandwidth=self._rules.bandwidth) if self._rules.bandwidth else Options()
         self.failures: List[results.Failure] = []
 
@@ -77,7 +77,7 @@ class _Work:
 
     def _failed(self, work: str, code: int, kind: str, message: str) -> None:
         self.failures.append(results.Failure(work, code, kind, message))
-        self._session.watch.failed(f"{self._name}: {work}: {message}")
+        self._session.watch.failed(f"{work}: {message}")
 
     def backup(self) -> results.Backup:
         rules, session = self._rules, self._session

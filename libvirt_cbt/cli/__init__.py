@@ -13,7 +13,7 @@ import click
 
 import libvirt_cbt
 from libvirt_cbt import errors
-from libvirt_cbt.cli import output
+from libvirt_cbt.cli import logs, output
 
 COMMANDS: Final[Dict[str, str]] = {
     "init": "make a repository",
@@ -84,6 +84,10 @@ Examples:
     help="Configuration, in place of /etc/libvirt-cbt.toml and ~/.config/libvirt-cbt.toml [LIBVIRT_CBT_CONFIG].",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
+@click.option(
+    "--log", type=click.Choice(logs.MODES), envvar="LIBVIRT_CBT_LOG",
+    help="Where messages go; auto: to the journal if stderr is connected to it, otherwise to stderr [auto].",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no notes.")
 @click.option("-v", "--verbose", is_flag=True, help="Notes of every step.")
 @click.pass_context
@@ -91,7 +95,8 @@ def group(
     ctx: click.Context, /, as_json: bool, **options: Any
 ) -> None:
     """Incremental backups of KVM guests by changed-block tracking."""
-    ctx.obj = output.Settings(json=as_json, **options)
+    ctx.obj = settings = output.Settings(json=as_json, **options)
+    logs.configure(settings.log_mode)
 
 
 def _misused(error: click.ClickException, argv: List[str]) -> int:
@@ -99,7 +104,7 @@ def _misused(error: click.ClickException, argv: List[str]) -> int:
     context = getattr(error, "ctx", None)
     where = context.command_path if context else "libvirt-cbt"
     found = errors.Usage(reason=f"{error.format_message().rstrip('.')}; `{where} --help` shows examples")
-    output.say(f"libvirt-cbt: {found}", to=sys.stderr)
+    logs.error(found)
     if "--json" in argv:
         print(output.dumped(output.document([], found)))
     return found.code

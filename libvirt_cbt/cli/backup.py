@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, List, Tuple
 
 import click
 
 import libvirt_cbt
-from libvirt_cbt.cli import copying, output
+from libvirt_cbt.cli import copying, logs, output
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions import results
@@ -96,4 +95,4 @@ def _show(made: results.Backup) -> None:
     for left_out in made.unprotected:
         output.say(f"not protected: {left_out.target}: {left_out.reason}")
     for warning in made.warnings:
-        output.say(f"libvirt-cbt: warning: {warning}", to=sys.stderr)
+        logs.warning(warning, domain=made.domain)

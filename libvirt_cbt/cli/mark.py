@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Tuple
 
 import click
 
 import libvirt_cbt
-from libvirt_cbt.cli import output
+from libvirt_cbt.cli import logs, output
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions import results
@@ -43,4 +42,4 @@ def _show(made: results.Mark) -> None:
     rows = [(d.target, output.size(d.dirty_bytes), d.change_id) for d in made.disks]
     output.table(("disk", "changed", "change id"), rows, right=(1,))
     for warning in made.warnings:
-        output.say(f"libvirt-cbt: warning: {warning}", to=sys.stderr)
+        logs.warning(warning, domain=made.domain)

@@ -31,6 +31,7 @@ class Settings:
     quiet: bool
     verbose: bool
     config_file: Optional[str] = None
+    log: Optional[str] = None
 
     @cached_property
     def config(self) -> Config:
@@ -39,6 +40,15 @@ class Settings:
 
         given = self.config_file is not None
         return config.load([os.path.abspath(self.config_file)] if self.config_file else places.config_files(), given=given)
+
+    def log_mode(self) -> str:
+        """One of logs.MODES; what is wrong with the configuration must be told somewhere."""
+        if self.log:
+            return self.log
+        try:
+            return self.config.log
+        except errors.CbtError:
+            return "auto"
 
     def places(self) -> List[Place]:
         """The host of -c or the environment; otherwise those of the configuration.  Errors: ConfigInvalid."""
@@ -104,7 +114,7 @@ def run(
     A job returns one result or a list of them; `show` prints one for people, with `always` it is called for --json too.
     `after` gives an error that was told already.
     """
-    from libvirt_cbt.cli import progress
+    from libvirt_cbt.cli import logs, progress
 
     results: List[Any] = []
     first: Optional[errors.CbtError] = None
@@ -118,7 +128,7 @@ def run(
                         found = _ended(job, session, watch)
                     except errors.CbtError as e:
                         first = first or e
-                        say(f"libvirt-cbt: {e}", to=sys.stderr)
+                        logs.error(e)
                         if isinstance(e, errors.Interrupted):
                             break
                     else:
@@ -155,7 +165,9 @@ def listed(settings: Settings, ask: Callable[[Session], Sequence[str]]) -> List[
 
 def fail(settings: Settings, error: errors.CbtError) -> NoReturn:
     """Ends a command that could not begin."""
-    say(f"libvirt-cbt: {error}", to=sys.stderr)
+    from libvirt_cbt.cli import logs
+
+    logs.error(error)
     if settings.json:
         print(dumped(document([], error)))
     raise SystemExit(error.code)
@@ -204,12 +216,14 @@ class _Reported:
     ) -> bool:
         if error is None or not isinstance(error, Exception) or isinstance(error, BrokenPipeError):
             return False
+        from libvirt_cbt.cli import logs
+
         if isinstance(error, errors.CbtError):
             self.error = error
         else:
             traceback.print_exception(kind, error, trace)
             self.error = _Bug(reason=f"{type(error).__name__}: {error}")
-        say(f"libvirt-cbt: {self.error}", to=sys.stderr)
+        logs.error(self.error)
         return True
 
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any, Callable, Dict, Optional
 
 from libvirt_cbt.actions.session import Watch
-from libvirt_cbt.cli import output
+from libvirt_cbt.cli import logs
 
 
 class _Quiet(Watch):
@@ -18,10 +18,10 @@ class _Quiet(Watch):
 
     def note(self, sentence: str) -> None:
         if self._notes:
-            output.say(f"libvirt-cbt: {sentence}", to=sys.stderr)
+            logs.tell(sentence)
 
     def failed(self, sentence: str) -> None:
-        output.say(f"libvirt-cbt: {sentence}", to=sys.stderr)
+        logs.tell(sentence, logs.ERROR)
 
 
 class _Bars(_Quiet):

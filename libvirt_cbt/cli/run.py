@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, List, Optional, Tuple
 
 import click
 
-from libvirt_cbt.cli import output
+from libvirt_cbt.cli import logs, output
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions import fleet, policies, results
@@ -53,6 +53,7 @@ def _alone(settings: output.Settings, session: Session, uuid: str, *, dry_run: b
 
     (place,) = settings.places()
     (chosen,) = policies.named(policies.chosen(session, settings.config, place), [uuid])
+    logs.about(domain=chosen.name, uuid=chosen.uuid, **({"host": place.name} if place.name else {}))
     return run.run(session, chosen, dry_run=dry_run)
 
 
@@ -65,13 +66,14 @@ def _fleet(
 
     def argv(chosen: policies.Chosen) -> List[str]:
         config = ["--config", os.path.abspath(settings.config_file)] if settings.config_file else []
+        log = ["--log", settings.log] if settings.log else []
         told = ["-v"] if settings.verbose else ["-q"] if settings.quiet else []
         last = ["--dry-run"] if dry_run else []
         program = [sys.executable, "-c", PROGRAM, PACKAGE]
-        return [*program, *config, "-r", session.path, "--json", *told, "run", "--alone", chosen.uuid, *last]
+        return [*program, *config, *log, "-r", session.path, "--json", *told, "run", "--alone", chosen.uuid, *last]
 
     def show(made: results.Run) -> None:
-        if not settings.json:
+        if not settings.json or logs.structured():
             _show(made)
 
     places = [replace(place, jobs=jobs or place.jobs) for place in settings.places()]
@@ -92,4 +94,10 @@ def _show(made: results.Run) -> None:
         said.append(f"re-read {made.verify.backups}")
     said += [f"{failure.work} failed with {failure.code}" for failure in made.failures]
     where = f" on {made.host}" if made.host else ""
-    output.say(f"{made.domain}{where}: {', '.join(said)}, {made.seconds} s")
+    line = f"{made.domain}{where}: {', '.join(said)}, {made.seconds} s"
+    if not logs.structured():
+        output.say(line)
+        return
+    facts = {"domain": made.domain, "uuid": made.uuid, "host": made.host, "policy": made.policy, "code": made.code}
+    backup = {"backup": made.backup.backup, "generation": made.backup.generation} if made.backup else {}
+    logs.tell(line, logs.ERROR if made.failures else logs.INFO, **facts, **backup, seconds=made.seconds)

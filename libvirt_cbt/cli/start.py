@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import libvirt_cbt
-from libvirt_cbt.cli import output
+from libvirt_cbt.cli import logs, output
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions import results
@@ -40,4 +39,4 @@ def _show(made: results.Start) -> None:
     rows = [(d.target, d.uri, d.context or "(everything)", output.size(d.dirty_bytes)) for d in made.disks]
     output.table(("disk", "uri", "meta context", "changed"), rows, right=(3,))
     for warning in made.warnings:
-        output.say(f"libvirt-cbt: warning: {warning}", to=sys.stderr)
+        logs.warning(warning, domain=made.domain)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
 
 import libvirt_cbt
-from libvirt_cbt.cli import output
+from libvirt_cbt.cli import logs, output
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions import results
@@ -31,5 +30,5 @@ def command(settings: output.Settings, domain: str, discard: bool) -> None:
 
 def _show(made: results.Stop) -> None:
     for warning in made.warnings:
-        output.say(f"libvirt-cbt: warning: {warning}", to=sys.stderr)
+        logs.warning(warning, domain=made.domain)
     output.say(f"{'committed' if made.committed else 'gave up'} generation {made.generation} of {made.domain}, id {made.id}")

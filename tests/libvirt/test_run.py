@@ -106,7 +106,7 @@ def test_what_fails_stands_in_nobodys_way(runs: Runs, plain_guest: Make, rng: ra
     os.close(lock)
     assert (ended.code, ended.document["error"]["kind"]) == (11, "RepositoryBusy")
     assert (ended.document["error"]["domain"], ended.document["error"]["work"]) == ("a-held", "backup")
-    assert "a-held: backup: domain 'a-held' is locked" in ended.stderr
+    assert "libvirt-cbt: a-held: backup: domain 'a-held' is locked" in ended.stderr
     found = by_name(ended)
     assert [f["code"] for f in found["a-held"]["failures"]] == [11]
     assert found["b-good"]["backup"]["generation"] == 2
