@@ -591,3 +591,90 @@ class Hook:
     detail: str
     files: List[str]
     events: int = 0
+
+
+@dataclass(frozen=True)
+class PastFailure:
+    """After it nothing of its kind (backup, audit, prune, verify) went well."""
+
+    work: str
+    code: int
+    kind: str
+    message: str
+    time: str
+
+
+@dataclass(frozen=True)
+class DomainHealth:
+    """The newest backup that holds data; `unread_seconds` is how long some stored backup was not re-read at most."""
+
+    domain: str
+    uuid: str
+    generation: Optional[int]
+    time: Optional[str]
+    age_seconds: Optional[float]
+    seconds: Optional[float]
+    consistent: Optional[bool]
+    backups: int
+    marks: int
+    dirty_bytes: Optional[int]
+    stored_bytes: Optional[int]
+    unread_seconds: Optional[float]
+    damage: int
+    failing: List[PastFailure]
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """How a `run` over some hosts ended; `failed` domains of `domains`, and the hosts that did not answer."""
+
+    hosts: List[str]
+    started: str
+    ended: str
+    code: int
+    domains: int
+    failed: int
+    host_failures: List[str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`state` is warning, unknown or critical; `domain` None: of the repository or a host."""
+
+    state: str
+    domain: Optional[str]
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A figure with its limits, as monitoring wants them; `unit` s, % or nothing; `low`: alarms are below the limits."""
+
+    name: str
+    value: float
+    unit: str
+    warning: Optional[float]
+    critical: Optional[float]
+    low: bool = False
+
+
+@dataclass(frozen=True)
+class Checked:
+    """`code` is that of monitoring plugins: 0 ok, 1 warning, 2 critical, 3 unknown; the worst problem decides."""
+
+    state: str
+    code: int
+    domains: List[DomainHealth]
+    problems: List[Problem]
+    figures: List[Threshold]
+    runs: List[LastRun]
+    total_bytes: Optional[int]
+    free_bytes: Optional[int]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """`text` is in Prometheus' format; `domains` a count."""
+
+    domains: int
+    text: str

@@ -39,6 +39,8 @@ COMMANDS: Final[Dict[str, str]] = {
     "untrack": "take our checkpoints off a domain",
     "run": "back up, thin out and verify by policy",
     "hooks": "what libvirt, oVirt and others call, and what calls them",
+    "check": "for monitoring: are the backups as they should be",
+    "metrics": "for Prometheus: how the backups fare",
     "config": "what the configuration says, and for which domain",
 }
 COLLECT_AFTER: Final = 50_000  # objects: some MB at most, if all of them were garbage
@@ -107,7 +109,7 @@ def _misused(error: click.ClickException, argv: List[str]) -> int:
     logs.error(found)
     if "--json" in argv:
         print(output.dumped(output.document([], found)))
-    return found.code
+    return getattr(context.command, "usage_code", found.code) if context else found.code
 
 
 def main(argv: Optional[List[str]] = None) -> Any:

@@ -42,6 +42,10 @@ def command(settings: output.Settings, domains: Tuple[str, ...], jobs: Optional[
 
     def whole(session: Session) -> List[results.Run]:
         done.append(_fleet(settings, session, domains, jobs, dry_run=dry_run))
+        if settings.config.textfile and not dry_run:
+            from libvirt_cbt.actions import metrics
+
+            metrics.refresh(session, settings.config.textfile)
         return done[0].runs
 
     output.run(settings, [whole], lambda _: None, after=lambda: done[0].error if done else None)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
@@ -42,6 +42,13 @@ class Runs:
         )  # fmt: skip
         assert "Traceback" not in done.stderr, done.stderr
         return Ended(done.returncode, json.loads(done.stdout), done.stderr)
+
+
+    def check(self, *words: str) -> Tuple[int, str]:
+        """Exit code, and the text before the figures."""
+        argv = self.argv("check", *words)
+        done = subprocess.run(argv, env=self.tool.environment(), capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout.splitlines()[0].split(" | ")[0]
 
 
 @pytest.fixture
@@ -161,6 +168,19 @@ def test_a_host_that_does_not_answer_is_one_failure_of_several(runs: Runs, plain
     assert "host gone: cannot reach libvirt" in done.stderr
     (one,) = document["results"]
     assert (one["domain"], one["host"], one["code"]) == (guest.name, "here", 0)
+
+
+def test_monitoring_misses_what_was_never_backed_up(runs: Runs, plain_guest: Make, tmp_path: Path) -> None:
+    plain_guest(Disk("vda", MIB), name="kept", start=False)
+    textfile = tmp_path / "libvirt_cbt.prom"
+    runs.head += f'textfile = "{textfile}"\n[check]\nwarning_free = 0\ncritical_free = 0\n'
+    runs.configure('[policy.all]\nmatch = ["kept", "new"]\n')
+    assert runs.run().code == 0
+    assert 'libvirt_cbt_backups{domain="kept"' in textfile.read_text()
+    assert runs.check() == (0, "LIBVIRT-CBT OK: 1 domains, the newest backup of each at most 0.0 h old")
+    plain_guest(Disk("vda", MIB), name="new", start=False)
+    assert runs.check() == (2, "LIBVIRT-CBT CRITICAL: critical: new: it was never backed up")
+    assert runs.check("--offline")[0] == 0  # the repository alone cannot know
 
 
 def test_config_shows_what_holds(runs: Runs, plain_guest: Make) -> None:
