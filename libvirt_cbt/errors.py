@@ -174,6 +174,13 @@ class TargetInUse(Busy):
     template = "{path} is in use: {reason}"
 
 
+class LayerInUse(Busy):
+    template = (
+        "another program has the layer {path} open for writing, which nothing but libvirt-cbt may; end it, run this again, "
+        "and then `libvirt-cbt verify`"
+    )
+
+
 class ChainPinned(Busy):
     template = (
         "backup {backup} of domain '{domain}' is being read (restore, verify, serve or another reader), "

@@ -1,4 +1,7 @@
-"""Which process is which: a pid alone may be another's tomorrow, a pid with its start time is not."""
+"""Which process is which: a pid alone may be another's tomorrow, a pid with its start time is not.
+
+And what the programs we start inherit: locks, which then last for as long as one of them runs.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import os
 import re
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Optional
+from typing import Final, Iterator, List, Optional, Tuple
+
+_HANDED_ON: Final[List[int]] = []
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,24 @@ def kill(process: Process, seconds: float = 5.0) -> bool:
     while alive(process) and time.monotonic() < deadline:
         time.sleep(0.01)
     return True
+
+
+@contextmanager
+def handed_on(fd: int) -> Iterator[None]:
+    """Every program that is started meanwhile inherits this descriptor, and with it a flock on it.
+
+    So a lock on what they have open is let go of when the last of us has ended, not when the first was killed.
+    """
+    _HANDED_ON.append(fd)
+    try:
+        yield
+    finally:
+        _HANDED_ON.remove(fd)
+
+
+def inherited() -> Tuple[int, ...]:
+    """For `subprocess`: pass_fds."""
+    return tuple(_HANDED_ON)
 
 
 def tag() -> str:

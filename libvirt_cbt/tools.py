@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from typing import Dict, Final, Sequence
 
-from libvirt_cbt import durable, errors, names
+from libvirt_cbt import durable, errors, names, processes
 
 PACKAGES: Final[Dict[str, str]] = {
     "qemu-img": "qemu-utils (Debian) or qemu-img (Fedora)",
@@ -48,8 +48,8 @@ def run(argv: Sequence[str], *, timeout: float = 600, keep: Sequence[int] = ()) 
             capture_output=True,
             timeout=timeout,
             start_new_session=True,
+            pass_fds=(*processes.inherited(), *keep),
             umask=UMASK,
-            pass_fds=keep,
             env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:

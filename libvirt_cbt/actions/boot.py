@@ -11,14 +11,12 @@ on when the tool has ended.  What is made, in this order, and what finds it agai
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import time
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Final, Iterator, List, Optional, Tuple
+from typing import Final, List, Optional, Tuple
 
 from libvirt_cbt import durable, errors, folders, names, places, points, processes
 from libvirt_cbt.actions import defining as stored
@@ -162,8 +160,7 @@ def _made(
         nvram = os.path.join(record.folder, "VARS.fd") if variables is not None else None
         if nvram and variables is not None:
             durable.write_new(nvram, variables)
-        with _pinned(kept, generation, disks) as pinned:
-            socket = standing.start(exports, record.run_dir, group, pinned)
+        socket = standing.start(exports, record.run_dir, group)
         images = {}
         for disk in disks:
             path = _overlay(record, disk.target)
@@ -176,22 +173,6 @@ def _made(
         raise errors.OutputFailed(path=e.filename or record.folder, reason=e.strerror) from None
     copy = defining.Copy(record.name, record.uuid, images, nvram, links_down=not start_network, record=record.dump())
     return defining.document(text, copy)
-
-
-@contextmanager
-def _pinned(
-    kept: store.DomainStore, generation: manifest.Manifest, disks: List[manifest.ManifestDisk]
-) -> Iterator[List[int]]:
-    """The pins of `pins.reading`, which are held meanwhile, as descriptors that the server goes on holding."""
-    chain = {link.backup for disk in disks for link in kept.chain(generation.id, disk.target)}
-    with ExitStack() as stack:
-        found = []
-        for backup in sorted(chain):
-            path = os.path.join(kept.directory(backup), "manifest.json")
-            found.append(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
-            stack.callback(os.close, found[-1])
-            fcntl.flock(found[-1], fcntl.LOCK_SH | fcntl.LOCK_NB)
-        yield found
 
 
 def _export(kept: store.DomainStore, generation: manifest.Manifest, disk: manifest.ManifestDisk) -> serving.Export:

@@ -102,7 +102,7 @@ class _Layers:
                 if not os.path.isfile(one):
                     raise errors.Damaged(path=one, reason="the layer is missing")
             run_dir = self._stack.enter_context(server.run_dir(places.run_root()))
-            self._endpoints = dict(zip(self._paths, self._stack.enter_context(server.sound_layers(self._paths, run_dir))))
+            self._endpoints = dict(zip(self._paths, self._stack.enter_context(server.layers(self._paths, run_dir))))
         return self._endpoints[path]
 
 

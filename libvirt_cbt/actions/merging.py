@@ -44,13 +44,17 @@ class Disk:
         return os.path.join(self.kept.directory(backup), name or f"{self.target}.qcow2")
 
     def children(self, backup: str) -> List[str]:
-        """Who has this backup's layer right below its own."""
+        """Whose layer lies right on this backup's: a backup, or one that is no backup any more and on its way out."""
         found = []
         for one in self.kept.generations():
-            entry = self.kept.layers(one.id).disks.get(self.target)
+            entry = self.kept.layers(one.id).entry(self.target)
             if entry and entry.parent == backup:
                 found.append(one.id)
         return found
+
+    def on_its_way(self, backup: str) -> bool:
+        """Whether it was begun to be taken away: then it holds only what the one above it lacks."""
+        return self.target in self.kept.layers(backup).below
 
     def place(self, layers: manifest.Layers) -> None:
         """Replaces layers.json; on a full disk with the room that was kept for it."""
@@ -196,7 +200,7 @@ def into_oldest(disk: Disk, lower: str, upper: str) -> int:
                 _make_room(disk, lower, upper)
             if not _room_for(disk, needed):
                 raise _no_room(disk, lower, needed)
-        if target in kept.layers(lower).disks:
+        if not disk.on_its_way(lower) or _hidden(disk, lower, upper, capacity):
             _hide(disk, lower, upper, capacity)
         with ExitStack() as stack:
             rest, above = (stack.enter_context(disk.contents(b)) for b in (lower, upper))
@@ -215,6 +219,18 @@ def into_oldest(disk: Disk, lower: str, upper: str) -> int:
         _let_go(disk, lower)
     session.watch.note(f"disk {target} of backup {lower}, the oldest, became that of {upper}")
     return moved.data_bytes
+
+
+def _hidden(disk: Disk, lower: str, upper: str, capacity: int) -> bool:
+    """Whether the upper has anything of the lower: what lay between them may have gone into the upper since."""
+    every = shown = 0
+    with disk.contents(lower) as below, disk.contents(upper) as above:
+        for rows in merging.slices(below):
+            every += extents.total(rows, extents.DATA) + extents.total(rows, extents.ZERO)
+        for window in merging.windows(below, above, capacity):
+            shown += extents.total(window.untouched, extents.DATA) + extents.total(window.untouched, extents.ZERO)
+            shown += sum(length for part in window.parts for _, length in part.pieces)
+    return shown < every
 
 
 def _hide(disk: Disk, lower: str, upper: str, capacity: int) -> None:

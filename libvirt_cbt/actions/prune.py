@@ -60,7 +60,10 @@ def prune(
         decision = _decided(kept, rules, remove)
         before = _occupied(kept)
         work = _Work(session, kept, options or Options())
-        _settle(session, kept, mend=merging.begun(kept))
+        killed = merging.begun(kept)
+        if killed:
+            pins.outlive(kept, session.watch.stop)
+        _settle(session, kept, mend=killed)
         _intend(kept, [c.id for c in decision.removed])
         work.take_away({c.id for c in decision.removed})
         gone = _forget(kept, work) if forget else []
@@ -202,6 +205,10 @@ class _Work:
             self.failures = [f for f in self.failures if f not in short]
 
     def _merge_all(self, disk: steps.Disk, removed: Set[str]) -> None:
+        # What was begun first: nothing can be merged into a layer that is no backup any more.
+        for backup in reversed(self._left(disk, removed)):
+            if disk.on_its_way(backup) and disk.entry(backup).parent is not None:
+                self._merge(disk, backup, steps.into_child)
         for backup in self._left(disk, removed):
             if disk.entry(backup).parent is None and len(disk.children(backup)) == 1:
                 self._merge(disk, backup, steps.into_oldest)
@@ -228,6 +235,9 @@ class _Work:
         children = disk.children(backup)
 
         def merged() -> None:
+            if disk.on_its_way(children[0]):
+                # It could not be taken away, so what lies below it stays, too.
+                raise next(f.error for f in self.failures if (f.backup, f.target) == (children[0], disk.target))
             written = merging_step(disk, backup, children[0])
             self.merged.append(results.Merged(disk.target, backup, children[0], written))
 
@@ -285,7 +295,7 @@ def _foreseen(kept: store.DomainStore, removed: Set[str]) -> List[results.Merged
                 above = [
                     m.id
                     for m in kept.generations()
-                    if target in kept.layers(m.id).disks and kept.layers(m.id).disks[target].parent == at
+                    if (above_it := kept.layers(m.id).entry(target)) and above_it.parent == at
                 ]
                 if not above:
                     break

@@ -27,7 +27,8 @@ def verify(
     """Checks every backup of a domain, or with `at` one and what it depends on; damage is in the result.
 
     With `sample` the newest and so many others, at which nobody has looked for longest: each by itself, so that in time
-    all are read.  Errors: NotInRepository, NoSuchBackup, NbdError; Damaged when a manifest itself cannot be read.
+    all are read.  Errors: NotInRepository, NoSuchBackup, LayerInUse, NbdError; Damaged when a manifest itself cannot be
+    read.
     """
     begun = time.monotonic()
     kept = session.stored(domain_name)
@@ -161,7 +162,7 @@ def _layer(
                 raise errors.Damaged(path=path, reason="the layer is missing")
             run_dir = stack.enter_context(server.run_dir(places.run_root()))
             endpoints = stack.enter_context(server.layers([path], run_dir))
-        except (errors.Damaged, errors.ToolFailed) as e:
+        except errors.Damaged as e:
             seen.add(generation.id, target, str(e))
             return 0
         return check.check(

@@ -49,7 +49,7 @@ def write(
         expected = min(disk.capacity, sum(layer.data_bytes for layer in everything))
         run_dir = stack.enter_context(server.run_dir(places.run_root()))
         good = [layer for layer in everything if layer.broken is None]
-        endpoints = stack.enter_context(server.sound_layers([layer.path for layer in good], run_dir)) if good else []
+        endpoints = stack.enter_context(server.layers([layer.path for layer in good], run_dir)) if good else []
         number = {layer.backup: at for at, layer in enumerate(good)}
         readers = cast("Sequence[npy.Reader]", [layer.contents for layer in everything])
         runs: Iterable[plan.Run] = plan.restore(readers, disk.capacity)

@@ -3,10 +3,13 @@
 The layer written to goes on being what the backups above it see, so a place is only written that shows nothing yet, or
 that a newer layer hides.  Per piece of a run, by what the layer has there already:
 
-    nothing            -> write (or write zeroes)
-    data, the same     -> nothing: an earlier merge that was ended has written it
-    data, another      -> write zeroes, which lets go of the clusters, then write: a cluster that is taken cannot be
-                          rewritten with compressible data (EIO)
+    nothing               -> write (or write zeroes)
+    a cluster, the same   -> nothing: an earlier merge that was ended has written it
+    a cluster, another    -> write zeroes, which lets go of it, then write: a cluster that is taken cannot be rewritten
+                             with compressible data (EIO)
+
+So what counts is whether there is a cluster, not whether it reads as zeroes: a writer that was killed may have given its
+bytes back to the file system (they read as zeroes) before its table said so.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from libvirt_cbt.nbdio import client, lanes, qcow2, server
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.nbdio.server import Endpoint
 
-ALLOCATION: Final = "base:allocation"
+ALLOCATION: Final = "qemu:allocation-depth"  # 0: no cluster, for the layer is opened alone
 STEP: Final = 1 << 30  # bytes of one question for block status
 BATCHES: Final = 4  # on their way at once
 
@@ -83,7 +86,8 @@ def output(layer: str, run_dir: str) -> Iterator[Output]:
     opened = {"driver": "compress", "discard": "unmap", "file": node}
     path = os.path.join(run_dir, f"merge-{name}.sock")
     argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--discard=unmap", "--export-name=layer"]
-    with server.running([*argv, f"--socket={path}", "json:" + json.dumps(opened)], path):
+    argv.append("--allocation-depth")
+    with server.running([*argv, f"--socket={path}", "json:" + json.dumps(opened)], path, [layer]):
         yield Output(Endpoint(path, "layer"), layer)
 
 
@@ -230,8 +234,8 @@ class _Merge(lanes.Lane):
                 reason = os.strerror(error) if error else "block status makes no progress"
                 raise errors.NbdError(export=sink.endpoint.export, reason=reason)
             at = low
-            for size, flags in zip(flat[0::2], flat[1::2]):
-                if not flags & 2:  # reads as zeroes: absent, or a cluster without data
+            for size, depth in zip(flat[0::2], flat[1::2]):
+                if depth:
                     self._held[at // extents.GRAIN : -(-(at + size) // extents.GRAIN)] = True
                 at += size
             self._surveyed = min(at, sink.size)
@@ -288,7 +292,7 @@ class _Merge(lanes.Lane):
         written()
 
     def _parts(self, offset: int, length: int) -> List[Tuple[int, int, bool]]:
-        """Whole grains of a piece, parted by whether the layer has data there; none without a layer to write to."""
+        """Whole grains of a piece, parted by whether the layer has a cluster there; none without a layer to write to."""
         if not self._sink:
             return []
         first, last = offset // extents.GRAIN, -(-(offset + length) // extents.GRAIN)
@@ -379,7 +383,7 @@ def _resize(layer: str, size: int) -> None:
     now = virtual_size(layer)
     if now != size:
         shrink = ["--shrink"] if size < now else []
-        qcow2.on_layer(layer, ["qemu-img", "resize", "-q", *shrink, server.alone(layer), str(size)])
+        _changed(layer, ["qemu-img", "resize", "-q", *shrink, server.alone(layer), str(size)])
 
 
 def virtual_size(layer: str) -> int:
@@ -391,10 +395,19 @@ def virtual_size(layer: str) -> int:
 def rebase(layer: str, backing: str) -> None:
     """Names another backing file in a layer's header; nothing is read or copied.
 
-    Errors: Damaged, RepositoryFull, ToolFailed.
+    Errors: Damaged, LayerInUse, RepositoryFull, ToolFailed.
     """
     qcow2.refuse_external_data(layer)
-    qcow2.on_layer(layer, ["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2", layer])
+    _changed(layer, ["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2", layer])
+
+
+def _changed(layer: str, argv: Sequence[str]) -> None:
+    """Errors: Damaged, LayerInUse, RepositoryFull, ToolFailed."""
+    try:
+        qcow2.on_layer(layer, argv)
+    except errors.ToolFailed:
+        server.require_open([layer])
+        raise
 
 
 def mend_leaks(layer: str) -> None:

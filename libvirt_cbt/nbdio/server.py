@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Iterator, List, Optional, Sequence
 
@@ -57,7 +57,7 @@ def image(fd: int, run_dir: str) -> Iterator[Endpoint]:
 
 @contextmanager
 def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
-    """Every layer alone (its backing file not opened), read-only, by one storage daemon.
+    """Every layer alone (its backing file not opened), read-only, by one storage daemon.  Errors: as of `running`.
 
     https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
     """
@@ -70,19 +70,7 @@ def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
         argv += ["--blockdev", json.dumps(node)]
         argv += ["--export", f"type=nbd,id=e{number},node-name=n{number},name=layer{number}"]
         endpoints.append(Endpoint(where, f"layer{number}"))
-    with running(argv, where):
-        yield endpoints
-
-
-@contextmanager
-def sound_layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
-    """As `layers`; a storage daemon that cannot open one means that it is damaged.  Errors: Damaged naming it."""
-    with ExitStack() as stack:
-        try:
-            endpoints = stack.enter_context(layers(paths, run_dir))
-        except errors.ToolFailed as e:
-            require_open(paths)
-            raise e from None
+    with running(argv, where, paths):
         yield endpoints
 
 
@@ -90,7 +78,7 @@ def sound_layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]
 def chain(paths: Sequence[str], run_dir: str) -> Iterator[Endpoint]:
     """What a whole chain of layers (newest first, at least one) shows, read-only, by one storage daemon.
 
-    The chain is as `paths` say: what the headers name as backing files is never opened.  Errors: Damaged, ToolFailed.
+    The chain is as `paths` say: what the headers name as backing files is never opened.  Errors: as of `running`.
     """
     name = os.path.basename(paths[0]).partition(".")[0]
     where = os.path.join(run_dir, f"chain-{name}.sock")
@@ -102,7 +90,7 @@ def chain(paths: Sequence[str], run_dir: str) -> Iterator[Endpoint]:
         argv += ["--blockdev", json.dumps(node)]
         below = f"n{number}"
     argv += ["--export", f"type=nbd,id=e,node-name={below},name=chain"]
-    with running(argv, where):
+    with running(argv, where, paths):
         yield Endpoint(where, "chain")
 
 
@@ -133,12 +121,17 @@ def sweep(root: str) -> List[str]:
 
 
 def require_open(paths: Sequence[str]) -> None:
-    """Which of a chain's layers cannot be opened, when a server could not.  Errors: Damaged naming it."""
+    """Which of a chain's layers cannot be opened.  Errors: Damaged, LayerInUse naming it."""
     for path in paths:
+        asking = ["qemu-img", "info", "--output=json", alone(path)]
         try:
-            tools.run(["qemu-img", "info", "-U", "--output=json", alone(path)])
+            tools.run([*asking, "-U"])
         except errors.ToolFailed as e:
             raise errors.Damaged(path=path, reason=str(e)) from None
+        try:
+            tools.run(asking)
+        except errors.ToolFailed:
+            raise errors.LayerInUse(path=path) from None  # sharing it with a writer is all that -U adds
 
 
 def alone(path: str) -> str:
@@ -147,10 +140,11 @@ def alone(path: str) -> str:
 
 
 @contextmanager
-def running(argv: List[str], path: str, keep: Sequence[int] = ()) -> Iterator[None]:
+def running(argv: List[str], path: str, layers: Sequence[str] = (), *, keep: Sequence[int] = ()) -> Iterator[None]:
     """A server of ours that listens on `path`, up to its greeting; ended by its process id.
 
-    It inherits the descriptors `keep`.  Errors: ToolFailed.
+    `layers` are what it opens; it inherits the descriptors `keep`.
+    Errors: Damaged, LayerInUse naming the layer that it cannot open; else ToolFailed.
     """
     if len(os.fsencode(path)) > 107:
         raise errors.HypervisorError(
@@ -164,11 +158,15 @@ def running(argv: List[str], path: str, keep: Sequence[int] = ()) -> Iterator[No
             stdout=subprocess.DEVNULL,
             stderr=complaints,
             start_new_session=True,
+            pass_fds=(*processes.inherited(), *keep),
             umask=tools.UMASK,
-            pass_fds=keep,
         )
         try:
-            _wait_started(process, argv[0], path, complaints)
+            try:
+                _wait_started(process, argv[0], path, complaints)
+            except errors.ToolFailed:
+                require_open(layers)
+                raise
             yield
             if process.poll() is not None:
                 raise _failed(argv[0], process, complaints)

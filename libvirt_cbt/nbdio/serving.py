@@ -186,18 +186,13 @@ def _overlay(folder: str, number: int) -> str:
 
 @contextmanager
 def _started(exports: Sequence[Export], folder: str, socket: str) -> Iterator[None]:
-    """The daemon; that it cannot open a layer means that this is damaged.  Errors: Damaged, ToolFailed."""
+    """The daemon.  Errors: as of `server.running`."""
     argv = [TOOL, "--nbd-server", f"addr.type=unix,addr.path={socket.replace(',', ',,')}"]
     for number, export in enumerate(exports):
         argv += arguments(export, number, folder)
     paths = [path for export in exports for path in export.layers]
     _allow_files(len(paths) + len(exports))
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(server.running(argv, socket))
-        except errors.ToolFailed:
-            server.require_open(paths)
-            raise
+    with server.running(argv, socket, paths):
         yield
 
 

@@ -22,10 +22,10 @@ LOG: Final = "server.log"
 STOP_SECONDS: Final = 20.0
 
 
-def start(exports: Sequence[serving.Export], folder: str, group: Optional[int], keep: Sequence[int] = ()) -> str:
+def start(exports: Sequence[serving.Export], folder: str, group: Optional[int]) -> str:
     """Shows `exports` read-only on a socket in `folder`, for members of `group`, too; the socket's path.
 
-    The descriptors `keep` stay open in it until it ends, and with them their locks.
+    It holds the pins that are held now until it ends.
     The chains are as the exports say; no digest is compared.  Errors: Damaged, ToolFailed, HypervisorError.
     """
     path = os.path.join(folder, NAME)
@@ -38,8 +38,8 @@ def start(exports: Sequence[serving.Export], folder: str, group: Optional[int], 
     log = os.open(os.path.join(folder, LOG), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     try:
         subprocess.run(
-            argv, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, cwd="/", pass_fds=keep,
-            umask=tools.UMASK,
+            argv, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, cwd="/",
+            pass_fds=processes.inherited(), umask=tools.UMASK,
         )  # fmt: skip
     finally:
         os.close(log)

@@ -1,8 +1,9 @@
 """Readers hold what they read: a shared flock on the manifest of each backup in the chain, for as long as they read.
 
-Who changes or takes away a layer (prune) holds the same locks alone.  The kernel lets go of them when their holder
-dies, however it dies.  A manifest never changes and is never replaced, so its inode is the backup's; readers need no
-right to write, and a running backup, which only adds, is in nobody's way.
+Who changes or takes away a layer (prune) holds the same locks alone.  The kernel lets go of them when their holder has
+died, however it dies, and every program that it started meanwhile: a server that has the layers open is killed with it,
+but is not gone at that moment.  A manifest never changes and is never replaced, so its inode is the backup's; readers
+need no right to write, and a running backup, which only adds, is in nobody's way.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import time
 from contextlib import ExitStack, contextmanager
 from typing import Callable, Collection, Final, Iterator, List, Optional, Sequence, Set
 
-from libvirt_cbt import durable, errors, names
+from libvirt_cbt import durable, errors, names, processes
 from libvirt_cbt.repository.store import DomainStore
 
 PAUSE: Final = 0.05  # seconds between two tries
+DYING_SECONDS: Final = 10.0  # within which the programs of a tool that was killed have ended, on a busy host, too
 
 
 @contextmanager
@@ -56,6 +58,22 @@ def changing(kept: DomainStore, backups: Collection[str]) -> Iterator[None]:
             if not _taken(kept, fd, backup, fcntl.LOCK_EX):
                 raise errors.ChainPinned(domain=names.printable(kept.name), backup=backup)
         yield
+
+
+def outlive(kept: DomainStore, stop: Callable[[], None]) -> None:
+    """Waits until nobody has any backup, but no longer than the programs of a killed prune may need to end."""
+    deadline = time.monotonic() + DYING_SECONDS
+    for backup in kept.ids():
+        with ExitStack() as stack:
+            try:
+                fd = _opened(kept, backup, stack)
+            except errors.Damaged:
+                continue  # whoever needs it is told
+            while not _taken(kept, fd, backup, fcntl.LOCK_EX):
+                stop()
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(PAUSE)
 
 
 def _members(kept: DomainStore, backup: str, targets: Sequence[str]) -> Set[str]:
@@ -100,6 +118,7 @@ def _opened(kept: DomainStore, backup: str, stack: ExitStack) -> int:
                 if access == flags[-1]:
                     raise
     stack.callback(os.close, fd)
+    stack.enter_context(processes.handed_on(fd))
     return fd
 
 

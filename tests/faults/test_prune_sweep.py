@@ -2,113 +2,231 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
 import signal
 import tempfile
-from typing import Dict, Iterator, List, Sequence, Tuple
+import time
+from dataclasses import dataclass
+from typing import Callable, Dict, Final, Iterator, List, Sequence, Tuple
 
 import pytest
 
+from libvirt_cbt import errors
+from libvirt_cbt.repository import pins
 from tests.faults import sweep, tracer
 from tests.faults.tracer import Point
 from tests.nbd.conftest import MIB
-from tests.nbd.histories import History
+from tests.nbd.histories import History, drain, fill, flood, tmpfs
 from tests.unit import repository_samples as samples
 
 SAMPLE = 10
-# The oldest twice in a row, one in the middle, and what lies before the oldest that is left is forgotten.
-REMOVED = ("1", "2", "4")
-KEPT = (3, 5, 6)
+# How long the writers of a prune that is killed go on before: all that was sent to them is in flight, or done.
+PAUSES: Final = (0.0, 0.0, 0.002, 0.02)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A repository, and what is taken away of it; on a `full` disk in steps."""
+
+    make: Callable[[str, random.Random], History]
+    removed: Tuple[str, ...]
+    kept: Tuple[int, ...]
+    left: Tuple[int, ...]
+    forget: bool = False
+    full: bool = False
+
+
+def growing(folder: str, rng: random.Random) -> History:
+    made = History(folder, MIB + 512)
+    for generation in range(6):
+        made.write(rng)
+        if generation == 3:
+            made.grow("vda", made.disks["vda"].size + 65536)
+        made.generation()
+    return made
+
+
+def two_disks(folder: str, rng: random.Random) -> History:
+    made = History(folder, MIB, MIB // 2 + 65536, compress=False, cluster=4096)
+    for generation in range(6):
+        made.write(rng)
+        made.generation(mark=generation == 2, only=["vda"] if generation == 3 else [])
+    return made
+
+
+def dense(folder: str, rng: random.Random) -> History:
+    """Incompressible, and written over again and again: every merge hides much."""
+    made = History(folder, 2 * MIB)
+    for _ in range(5):
+        for _ in range(4):
+            fill(made, rng, "vda", rng.randrange(24) * 65536, rng.randrange(1, 8) * 65536)
+        made.write(rng)
+        made.generation()
+    return made
+
+
+def filled(folder: str, rng: random.Random) -> History:
+    made = History(folder, 8 * MIB, compress=False)
+    for number in range(4):
+        fill(made, rng, "vda", (number % 2) * 4 * MIB, 4 * MIB)
+        fill(made, rng, "vda", (number % 2) * 4 * MIB + MIB, MIB)
+        made.generation()
+    return made
+
+
+SHAPES: Final[Dict[str, Shape]] = {
+    # The oldest twice in a row, one in the middle, and what lies before the oldest that is left is forgotten.
+    "growing": Shape(growing, ("1", "2", "4"), (3, 5, 6), (3, 4, 5, 6), forget=True),
+    "two disks": Shape(two_disks, ("2", "5"), (1, 4, 6), (1, 2, 3, 4, 5, 6)),
+    "all but the newest": Shape(dense, ("1", "2", "3", "4"), (5,), (1, 2, 3, 4, 5)),
+    "a full disk": Shape(filled, ("1", "2", "3"), (4,), (1, 2, 3, 4), full=True),
+}
 
 
 @pytest.fixture
-def history(rng: random.Random) -> Iterator[History]:
-    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
-        made = History(folder, MIB + 512)
-        for generation in range(6):
-            made.write(rng)
-            if generation == 3:
-                made.grow("vda", made.disks["vda"].size + 65536)
-            made.generation()
-        shutil.copytree(made.repository.path, made.repository.path + ".begun")
-        yield made
+def folder() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="sweep-") as path:
+        yield path
 
 
 class Killing:
     """The same prune of the same repository, again and again."""
 
-    def __init__(self, history: History) -> None:
-        self.history = history
+    def __init__(self, folder: str, shape: Shape, rng: random.Random) -> None:
+        self.folder, self.shape, self.rng = folder, shape, rng
+        self.place = os.path.join(folder, "place")
+        os.makedirs(self.place, exist_ok=True)
+        self.history = shape.make(self.place, rng)
+        self.history.proofs = folder
+        self.begun = os.path.join(folder, "begun")
+        shutil.copytree(self.history.repository.path, self.begun)
 
     @property
     def arguments(self) -> List[str]:
-        removes = [x for number in REMOVED for x in ("--remove", number)]
-        return ["-c", "test:///default", "-r", self.history.repository.path, "prune", samples.UUID, *removes, "--forget"]
+        removes = [x for number in self.shape.removed for x in ("--remove", number)]
+        forget = ["--forget"] if self.shape.forget else []
+        return ["-c", "test:///default", "-r", self.history.repository.path, "prune", samples.UUID, *removes, *forget]
 
     @property
     def environment(self) -> Dict[str, str]:
-        return {**os.environ, "LIBVIRT_CBT_RUN_DIR": os.path.join(self.history.folder, "run")}
+        return {**os.environ, "LIBVIRT_CBT_RUN_DIR": os.path.join(self.folder, "run")}
 
     def begin(self) -> None:
-        place = self.history.repository.path
-        shutil.rmtree(place)
-        shutil.copytree(place + ".begun", place)
+        shutil.rmtree(self.history.repository.path)
+        shutil.copytree(self.begun, self.history.repository.path)
+        if self.shape.full:
+            flood(self.place)
 
     def points(self) -> List[Tuple[Point, str]]:
+        self.begin()
         ended, found = tracer.points(self.arguments, self.environment)
         assert ended.code == 0, ended.stderr
         self.judge_the_end()
         return [(point, what) for point, what in found if not point.after or point.kind in sweep.AFTER_TOO]
 
     def kill(self, point: Point) -> str:
+        """What the run was at; all is judged."""
         self.begin()
-        ended = tracer.hit(self.arguments, self.environment, point)
-        if ended.what is None:
+        hits: List[str] = []
+        pause = self.rng.choice(PAUSES)
+
+        def at(here: Point, what: str, pid: int) -> None:
+            if here == point:
+                hits.append(what)
+                time.sleep(pause)
+                os.kill(pid, signal.SIGKILL)
+
+        ended = tracer.run(self.arguments, self.environment, at)
+        if not hits:
             assert ended.code == 0
             return "not reached"
         assert ended.code == -signal.SIGKILL
+        if self.shape.full:
+            drain(self.place)
         # Every backup that is listed is whole, and those that were to be kept are listed.
         self.history.prove(settled=False)
-        assert set(KEPT) <= {m.generation for m in self.history.backups()}
-        self.history.prune(remove=self._left(), forget=True)
+        assert set(self.shape.kept) <= {m.generation for m in self.history.backups()}
+        found = self.history.prune(remove=self._left(), forget=self.shape.forget)
+        assert not found.skipped, found.skipped
         self.judge_the_end()
-        return ended.what
+        return f"{hits[0]} after {pause} s"
 
     def _left(self) -> List[str]:
         known = {m.generation for m in self.history.repository.domain(samples.UUID).generations()}
-        return [number for number in REMOVED if int(number) in known]
+        return [number for number in self.shape.removed if int(number) in known]
 
     def judge_the_end(self) -> None:
+        if self.shape.full:
+            drain(self.place)
         self.history.prove()
         kept = self.history.repository.domain(samples.UUID)
-        assert tuple(m.generation for m in self.history.backups()) == KEPT
-        assert [m.generation for m in kept.generations()] == [3, 4, 5, 6]
+        assert tuple(m.generation for m in self.history.backups()) == self.shape.kept
+        assert tuple(m.generation for m in kept.generations()) == self.shape.left
 
 
-def every(history: History, chosen: Sequence[Point]) -> None:
-    killing = Killing(history)
+@contextlib.contextmanager
+def killing(folder: str, name: str, rng: random.Random) -> Iterator[Killing]:
+    shape = SHAPES[name]
+    with tmpfs(os.path.join(folder, "place"), "80m") if shape.full else contextlib.nullcontext():
+        yield Killing(folder, shape, rng)
+
+
+def every(sweeping: Killing, chosen: Sequence[Point]) -> None:
     for number, point in enumerate(chosen):
         print(number, point, flush=True)
-        print(killing.kill(point).replace(history.folder, ""), flush=True)
+        print(sweeping.kill(point).replace(sweeping.folder, ""), flush=True)
 
 
 @pytest.mark.fault(37, 44)
-def test_a_prune_that_is_killed(history: History, rng: random.Random) -> None:
-    points = [("prune", point) for point, _ in Killing(history).points()]
-    every(history, [point for _, point in _sampled(points, rng)])
+def test_a_prune_that_is_killed(folder: str, rng: random.Random) -> None:
+    name = rng.choice(sorted(n for n, shape in SHAPES.items() if not shape.full or os.geteuid() == 0))
+    print(f"a repository of the shape '{name}'")
+    with killing(folder, name, rng) as sweeping:
+        every(sweeping, _sampled([point for point, _ in sweeping.points()], rng))
 
 
-def _sampled(points: List[Tuple[str, Point]], rng: random.Random) -> List[Tuple[str, Point]]:
-    kinds = sorted({point.kind for _, point in points})
-    chosen = [rng.choice([one for one in points if one[1].kind == kind]) for kind in kinds]
-    return chosen[:SAMPLE] + rng.sample(points, max(0, SAMPLE - len(chosen)))
+def _sampled(points: List[Point], rng: random.Random) -> List[Point]:
+    kinds = rng.sample(sorted({point.kind for point in points}), SAMPLE - 2)
+    chosen = [rng.choice([one for one in points if one.kind == kind]) for kind in kinds]
+    return chosen + rng.sample(points, SAMPLE - len(chosen))
 
 
 @pytest.mark.slow
 @pytest.mark.fault(37, 44)
-def test_a_prune_that_is_killed_at_every_step(history: History) -> None:
-    points = Killing(history).points()
-    assert len(points) > 50
-    every(history, [point for point, _ in points])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_prune_that_is_killed_at_every_step(folder: str, name: str, rng: random.Random) -> None:
+    if SHAPES[name].full and os.geteuid() != 0:
+        pytest.skip("mounts a tmpfs")
+    with killing(folder, name, rng) as sweeping:
+        points = sweeping.points()
+        assert len(points) > 50
+        every(sweeping, [point for point, _ in points])
+
+
+@pytest.mark.fault(40, 44)
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+def test_what_lies_below_a_layer_on_its_way_out_is_needed(folder: str, rng: random.Random) -> None:
+    """A backup in the middle is no backup any more as soon as its merge goes in steps, but what is below it still is."""
+    with killing(folder, "a full disk", rng) as sweeping:
+        history = sweeping.history
+        third, fourth = (m.id for m in history.backups()[2:])
+        sweeping.begin()
+
+        def at(point: Point, _what: str, pid: int) -> None:
+            if point.kind == "spawn" and history.repository.domain(samples.UUID).layers(third).below:
+                os.kill(pid, signal.SIGKILL)
+
+        command = ["-c", "test:///default", "-r", history.repository.path, "prune", samples.UUID, "--remove", "3"]
+        assert tracer.run(command, sweeping.environment, at).code == -signal.SIGKILL
+        drain(sweeping.place)
+        history.prove(settled=False)
+        with pins.one(history.kept, fourth), pytest.raises(errors.ChainPinned):
+            history.prune(remove=["2", "3"])
+        history.prove(settled=False)
+        assert [m.generation for m in history.backups()] == [1, 2, 4]
+        history.prune(remove=["2"])
+        history.prove()
+        assert [m.generation for m in history.backups()] == [1, 4]

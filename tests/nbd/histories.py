@@ -232,3 +232,32 @@ def tmpfs(path: str, size: str) -> contextlib.AbstractContextManager[None]:
             subprocess.run(["umount", "-l", path], check=True)
 
     return mounted()
+
+
+def dense(rng: random.Random, length: int) -> bytes:
+    """Bytes that do not compress."""
+    return rng.randbytes(length)
+
+
+def fill(history: History, rng: random.Random, target: str, offset: int, length: int) -> None:
+    disk = history.disks[target]
+    raw = os.path.join(history.folder, "fill.raw")
+    Path(raw).write_bytes(dense(rng, length))
+    run("qemu-io", "-f", "qcow2", "-c", f"write -q -s {raw} {offset} {length}", disk.path)
+    disk.model[offset : offset + length] = Path(raw).read_bytes()
+
+
+def flood(place: str) -> None:
+    """Takes the last byte."""
+    with contextlib.suppress(OSError), open(os.path.join(place, "flood"), "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(65536))
+    with contextlib.suppress(OSError), open(os.path.join(place, "drops"), "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 512)
+
+
+def drain(place: str) -> None:
+    for name in ("flood", "drops"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(place, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ import libvirt_cbt
 from libvirt_cbt import errors
 from libvirt_cbt.repository import pins
 from tests.nbd.conftest import MIB, run
-from tests.nbd.histories import History, tmpfs
+from tests.nbd.histories import History, drain, fill, flood, tmpfs
 from tests.unit import repository_samples as samples
 
 
@@ -84,19 +85,6 @@ def test_random_histories_and_random_prunes(folder: str, rng: random.Random, rou
             assert {one.id for one in found.removed} == set(gone)
             assert found.skipped == []
         history.prove()
-
-
-def dense(rng: random.Random, length: int) -> bytes:
-    """Bytes that do not compress."""
-    return rng.randbytes(length)
-
-
-def fill(history: History, rng: random.Random, target: str, offset: int, length: int) -> None:
-    disk = history.disks[target]
-    raw = os.path.join(history.folder, "fill.raw")
-    Path(raw).write_bytes(dense(rng, length))
-    run("qemu-io", "-f", "qcow2", "-c", f"write -q -s {raw} {offset} {length}", disk.path)
-    disk.model[offset : offset + length] = Path(raw).read_bytes()
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -308,21 +296,6 @@ def test_damage_is_not_merged_away(folder: str, rng: random.Random) -> None:
     history.prove()
 
 
-def flood(place: str) -> None:
-    """Takes the last byte."""
-    with contextlib.suppress(OSError), open(os.path.join(place, "flood"), "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(65536))
-    with contextlib.suppress(OSError), open(os.path.join(place, "drops"), "wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 512)
-
-
-def drain(place: str) -> None:
-    for name in ("flood", "drops"):
-        os.unlink(os.path.join(place, name))
-
-
 @contextlib.contextmanager
 def small(folder: str, size: str) -> Iterator[History]:
     """A history of one incompressible disk of 8 MiB on a file system of its own, restored elsewhere."""
@@ -393,3 +366,19 @@ def test_without_any_room_it_says_so_and_nothing_is_lost(folder: str, rng: rando
         history.prune(remove=["3"])
         history.prove()
         assert [m.generation for m in history.backups()] == [2, 4]
+
+
+def test_a_place_whose_bytes_were_given_back_is_written(folder: str, rng: random.Random) -> None:
+    """A merge that was killed may leave a cluster in the table whose bytes are a hole in the file: it reads as zeroes."""
+    history = History(folder, 4 * MIB)
+    fill(history, rng, "vda", 0, 4 * MIB)
+    oldest = history.layer(history.generation())
+    history.disks["vda"].write(("write", MIB, 2 * MIB, 7))
+    history.generation()
+    for one in json.loads(run("qemu-img", "map", "--output=json", "-f", "qcow2", oldest)):
+        low, high = max(one["start"], MIB), min(one["start"] + one["length"], 3 * MIB)
+        if low < high:
+            place = one["offset"] + low - one["start"]
+            run("fallocate", "--punch-hole", f"--offset={place}", f"--length={high - low}", oldest)
+    assert len(history.prune(remove=["1"]).removed) == 1
+    history.prove()

@@ -64,7 +64,7 @@ def test_a_server_that_cannot_start_says_why(folder: str) -> None:
     with open(bad, "r+b") as file:  # the header's cluster size
         file.seek(20)
         file.write(b"\xff\xff\xff\xff")
-    with pytest.raises(errors.ToolFailed, match=r"[Cc]luster size"):
+    with pytest.raises(errors.Damaged, match=r"vdb.*[Cc]luster size"):
         with server.layers([good, bad], folder):
             pass
 
