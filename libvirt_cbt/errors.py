@@ -89,6 +89,10 @@ class WouldBePlaintext(Usage):
         "disks of domain '{domain}' are encrypted by its QEMU ({disks}), and backups, and scratch files meanwhile, would "
         "hold them in plaintext; give --allow-plaintext if that is wanted, or leave them out with --exclude"
     )
+class Elsewhere(Usage):
+    """What works on the guest's files, on a connection to another host."""
+
+    template = "{what} needs the guest's own files, and they are on {host}: {way_out}"
 
 
 # 10: no such thing
@@ -375,6 +379,18 @@ class MadeElsewhere(HypervisorError):
 
 class NoHypervisor(HypervisorError):
     template = "cannot reach libvirt at {uri}: {reason}; is the daemon running and may this user use it?"
+
+
+class HostUnproved(NoHypervisor):
+    template = "host {host} does not prove that it is the one meant: {reason}; {way_out}"
+
+
+class HostRefused(NoHypervisor):
+    template = "host {host} does not let us in: {reason}; {way_out}"
+
+
+class HostLost(NoHypervisor):
+    template = "no connection to host {host}: {reason}; look at the host and the way to it, then run it again"
 
 
 class NotRunning(HypervisorError):

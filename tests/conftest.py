@@ -12,7 +12,7 @@ import pytest
 os.environ["LIBVIRT_CBT_CONFIG"] = os.devnull
 
 # Rooms of tests that need real programs: there a skip in CI hides that nothing was tested.
-REAL = ("libvirt", "nbd", "faults", "soak")
+REAL = ("libvirt", "nbd", "faults", "soak", "remote")
 
 
 def _must_not_skip(nodeid: str) -> bool:

@@ -30,7 +30,7 @@ def audited(
     plan = fleece.plan
     exports = fleece.exported()
     with ExitStack() as stack:
-        run_dir = stack.enter_context(server.run_dir(places.run_root()))
+        run_dir = stack.enter_context(places.temporary())
         found: Dict[str, List[extents.Extents]] = {}
         disks = []
         for disk in plan.disks:

@@ -23,7 +23,7 @@ from libvirt_cbt.actions import defining as stored
 from libvirt_cbt.actions import reading, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import defining, made, scratch
-from libvirt_cbt.nbdio import qcow2, server, serving, standing
+from libvirt_cbt.nbdio import qcow2, serving, standing
 from libvirt_cbt.repository import manifest, pins, store
 
 PREFIX: Final = "boot-"
@@ -81,6 +81,7 @@ def boot(
     kept = session.stored(domain_name)
     generation = reading.with_data(kept, points.at(at))
     disks = reading.chosen(kept, generation, ())
+    session.host.site.require_here("a boot from a backup")
     made.require_free(session.host, name, None)
     _sweep(session)
     identity = names.new_backup_id()
@@ -124,6 +125,7 @@ def discard(session: Session, name: str) -> results.Discard:
 
     Errors: NoSuchBoot for a domain that was made otherwise; HypervisorError.
     """
+    session.host.site.require_here("a boot from a backup")
     _sweep(session)
     records = {record.id: record for record in _records() if record.name == name}
     try:
@@ -200,7 +202,7 @@ def _agent(
 
 def _begin(record: _Record, group: Optional[int]) -> None:
     """The folder of record and socket, which QEMU's group may enter; it has its name once the record is in it."""
-    with server.run_dir(os.path.dirname(record.run_dir)) as unnamed:
+    with places.temporary(os.path.dirname(record.run_dir)) as unnamed:
         durable.write_new(os.path.join(unnamed, RECORD), record.dump().encode())
         os.chmod(unnamed, 0o710)  # noqa: S103 -- for that group
         os.chown(unnamed, -1, -1 if group is None else group)
@@ -228,7 +230,7 @@ def _records() -> List[_Record]:
 
 def _sweep(session: Session) -> None:
     """Takes away what a `boot` that was killed has left."""
-    server.sweep(places.run_root())
+    places.sweep(places.run_root())
     for record in _records():
         if not record.ready and processes.ended(record.tool):
             for line in _remove(session, record):

@@ -55,6 +55,7 @@ class Defining:
     ) -> None:
         """Errors: IdentityTaken, Usage, NoHypervisor, HypervisorError, Damaged."""
         self._session, self._name = session, name
+        session.host.site.require_here("a restored domain")
         self._uuid = None if same_identity else defining.new_uuid()
         made.require_free(session.host, name, kept.uuid if same_identity else None)
         self._xml = xml(kept, generation)

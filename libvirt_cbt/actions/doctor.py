@@ -8,7 +8,7 @@ from typing import Callable, List, Optional, Tuple
 from libvirt_cbt import errors, names, places, tools
 from libvirt_cbt.actions import fleecing, offline, results, tracking
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import bitmaps, checkpoints, defining, domain, job, scratch
+from libvirt_cbt.hypervisor import address, bitmaps, checkpoints, defining, domain, job, scratch, site
 from libvirt_cbt.repository import store
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -34,10 +34,16 @@ def doctor(session: Session, domain_name: Optional[str] = None, *, scratch_dir: 
     check("nbd binding", _binding)
     check("libvirt", lambda: _libvirt(session))
     check("repository", lambda: _repository(session))
-    check("socket folder", lambda: _folder(places.run_root(), "set LIBVIRT_CBT_RUN_DIR to another one"))
-    check("scratch folder", lambda: _folder(scratch.scratch_root(scratch_dir), "name another with --scratch-dir"))
+    here = site.Here()
+    check("socket folder", lambda: _folder(here, places.run_root(), "set LIBVIRT_CBT_RUN_DIR to another one"))
+    reached = checks[2].status != FAILED
+    where = session.host.site if reached else here
+    if not where.here:
+        check("far host", lambda: (OK, where.described()))
+    if reached or address.parse(session.uri or "").here:
+        check("scratch folder", lambda: _folder(where, where.scratch_root(scratch_dir), "name another with --scratch-dir"))
     disks: List[results.DoctorDisk] = []
-    if domain_name and checks[2].status != FAILED:
+    if domain_name and reached:
         dom = domain.read(session.host, session.host.find(domain_name))
         check("state", lambda: _state(dom))
         if bitmaps.off(dom):
@@ -46,10 +52,10 @@ def doctor(session: Session, domain_name: Optional[str] = None, *, scratch_dir: 
             check("agent", lambda: _agent(dom))
         check("jobs", lambda: _jobs(session, dom))
         check("checkpoints", lambda: _checkpoints(session, dom))
-        check("scratch room", lambda: _room(dom, scratch_dir))
+        check("scratch room", lambda: _room(where, dom, scratch_dir))
         check("chain", lambda: _chain(session, dom))
         check("disks", lambda: _disks(dom))
-        check("firmware", lambda: _firmware(dom))
+        check("firmware", lambda: _firmware(where, dom))
         for disk in dom.disks:
             reason = disk.unprotected or disk.untracked
             disks.append(results.DoctorDisk(disk.target, disk.unprotected is None, reason is None, reason))
@@ -90,13 +96,11 @@ def _repository(session: Session) -> Finding:
     return status, f"{repository.path}, {len(repository.domains())} domains, {free >> 20} MiB free"
 
 
-def _folder(path: str, way_out: str) -> Finding:
-    at = path
-    while not os.path.isdir(at) and at != "/":
-        at = os.path.dirname(at)
-    if not os.access(at, os.W_OK | os.X_OK):
-        return FAILED, f"{at} is not writable for this user; {way_out}"
-    if at == path and os.stat(path).st_mode & 0o002 and not os.stat(path).st_mode & 0o1000:
+def _folder(where: site.Site, path: str, way_out: str) -> Finding:
+    found = where.folder(path)
+    if not found.writable:
+        return FAILED, f"{found.path} is not writable for this user; {way_out}"
+    if found.path == path and found.mode & 0o002 and not found.mode & 0o1000:
         return FAILED, f"{path} is writable for everybody; run `chmod 711 {errors.argument(path)}`, or {way_out}"
     return OK, path
 
@@ -116,7 +120,7 @@ def _images(session: Session, dom: domain.Domain) -> Finding:
     except errors.NoRepository:
         return WARNING, "no backup yet"
     offline.planned(session, kept, dom, fleecing.Request(allow_plaintext=True))
-    broken = [f"{target}: {why}" for target, why in offline.unusable(kept, dom).items()]
+    broken = [f"{target}: {why}" for target, why in offline.unusable(session.host, kept, dom).items()]
     return (WARNING, "; ".join(broken)) if broken else (OK, "free to be read")
 
 
@@ -152,11 +156,9 @@ def _checkpoints(session: Session, dom: domain.Domain) -> Finding:
     return OK, f"{len(mine)} of ours"
 
 
-def _room(dom: domain.Domain, scratch_dir: Optional[str]) -> Finding:
-    directory = scratch.scratch_root(scratch_dir)
-    while not os.path.isdir(directory):
-        directory = os.path.dirname(directory)
-    free = scratch.room(directory)
+def _room(where: site.Site, dom: domain.Domain, scratch_dir: Optional[str]) -> Finding:
+    directory = where.folder(where.scratch_root(scratch_dir)).path
+    free = where.room(directory)
     needed = sum(d.capacity for d in dom.disks if not d.unprotected)
     if free < scratch.ROOM_FLOOR:
         return FAILED, f"{directory} has {free} bytes free; free some or name another with --scratch-dir"
@@ -191,12 +193,13 @@ def _disks(dom: domain.Domain) -> Finding:
     return (WARNING, "; ".join(weak)) if weak else (OK, f"{len(dom.disks)} disks, all tracked")
 
 
-def _firmware(dom: domain.Domain) -> Finding:
+def _firmware(where: site.Site, dom: domain.Domain) -> Finding:
     if defining.emulated_tpm(dom.xml):
         return WARNING, "the state of the emulated TPM is in no backup: keep the recovery keys of what is sealed with it"
     path = defining.nvram(dom.xml)
     if path is None:
         return OK, "no UEFI variables"
-    if not os.access(path, os.R_OK):
+    seen = where.look([path]).get(path)
+    if seen is None or not seen.header:
         return WARNING, f"the UEFI variables in {path} cannot be read, so they are in no backup; run it as root"
     return OK, f"each backup has the UEFI variables of {path}"

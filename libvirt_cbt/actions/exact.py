@@ -101,7 +101,7 @@ class _Layers:
             for one in self._paths:
                 if not os.path.isfile(one):
                     raise errors.Damaged(path=one, reason="the layer is missing")
-            run_dir = self._stack.enter_context(server.run_dir(places.run_root()))
+            run_dir = self._stack.enter_context(places.temporary())
             self._endpoints = dict(zip(self._paths, self._stack.enter_context(server.layers(self._paths, run_dir))))
         return self._endpoints[path]
 

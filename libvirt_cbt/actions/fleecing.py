@@ -14,10 +14,11 @@ from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Dict, Iterator, List, Optional, Tuple
 
 from libvirt_cbt import errors, names, processes
-from libvirt_cbt.actions import phases, planning
+from libvirt_cbt.actions import phases, planning, tracking
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import checkpoints, connection, documents, domain, guard, job, quiesce, scratch
@@ -79,6 +80,7 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
         dom,
         kept,
         checkpoints.listed(session.host, dom.uuid),
+        partial(tracking.bitmaps, session),
         full=request.full,
         only=request.disks,
         exclude=request.exclude,
@@ -101,8 +103,8 @@ def drawn(
     host = session.host
     disks, unprotected = plans
     identity = names.new_backup_id()
-    folder = request.scratch_dir or session.scratch_dir
-    places = scratch.places(identity, [d.target for d in disks] if images is None else [], folder)
+    targets = [d.target for d in disks] if images is None else []
+    places = scratch.places(host.site, identity, targets, request.scratch_dir or session.scratch_dir)
     tracked = any(not d.disk.untracked for d in disks)
     intent = manifest.Intent(
         id=identity,
@@ -217,7 +219,7 @@ class Job(Fleece):
     def begin(self) -> None:
         """Freeze, begin, thaw.  Errors: NotConsistent, HookStopped, HypervisorError."""
         plan = self.plan
-        self._guard.watch(plan.places)
+        self._guard.watch(plan.places, {d.target: d.disk.capacity for d in plan.disks})
         with self._hooks.bracketed(plan.request.quiesce):
             freezes = plan.request.quiesce != "none" and not quiesce.unfreezable(plan.dom)
             self.stage.advance("freezing", self._guard.process, thaw_owed=freezes)
@@ -234,16 +236,17 @@ class Job(Fleece):
             raise self._switched_off(e) or e from None
 
     def exported(self) -> Dict[str, Exported]:
-        """Where each disk can be read, by target.  Errors: SourceLost, HypervisorError."""
+        """Where each disk can be read, by target.  Errors: SourceLost, HostRefused, HypervisorError."""
         try:
             running = job.exports(self.plan.host, self.plan.dom.uuid)
         except errors.HypervisorError as e:
             raise self.lost(e) from None
+        reached = self.plan.host.site.reach(self.plan.places, self.stop)
         found = {}
         for disk in self.plan.disks:
             export = documents.require(running, disk.target)
             bitmap = (export.bitmap or f"cbt-{disk.target}") if disk.base else None
-            found[disk.target] = Exported(self.plan.places.socket, export.export, bitmap)
+            found[disk.target] = Exported(reached.socket, export.export, bitmap)
         return found
 
     def stop(self) -> None:
@@ -252,8 +255,16 @@ class Job(Fleece):
         self._guard.check()
 
     def alive(self) -> bool:
-        """Whether what is exported is still this moment: only the job that exports on our socket holds it."""
-        return job.exporting(self.plan.host, self.plan.dom.uuid, self.plan.places.socket)
+        """Whether what is exported is still this moment: only the job that exports on our socket holds it.
+
+        A way to another host that was cut is made again.  Errors: SourceLost when it cannot be.
+        """
+        plan = self.plan
+        with self._reachable():
+            if not job.exporting(plan.host, plan.dom.uuid, plan.places.socket):
+                return False
+            plan.host.site.reach(plan.places, self.stop)
+        return True
 
     def lost(self, error: errors.CbtError) -> errors.CbtError:
         """Why a copy really failed: the guard or the guest may have ended the job under it."""
@@ -261,9 +272,10 @@ class Job(Fleece):
             self._guard.check()
         except errors.ScratchExhausted as e:
             return e
-        gone = self._switched_off(error)
-        if gone is None and not self.alive():
-            gone = errors.SourceLost(target=self._target(error), reason="somebody else ended the backup job")
+        with self._reachable():
+            gone = self._switched_off(error)
+            if gone is None and not self.alive():
+                gone = errors.SourceLost(target=self._target(error), reason="somebody else ended the backup job")
         return gone or error
 
     def _switched_off(self, error: errors.CbtError) -> Optional[errors.SourceLost]:
@@ -282,6 +294,16 @@ class Job(Fleece):
         except errors.CbtError as e:
             self._stuck = e
 
+    @contextmanager
+    def _reachable(self) -> Iterator[None]:
+        """A host that cannot be reached any more is a source that was lost; this machine's daemon may only be away."""
+        try:
+            yield
+        except errors.NoHypervisor as e:
+            if self.plan.host.site.here:
+                raise
+            raise errors.SourceLost(target=self.plan.disks[0].target, reason=str(e)) from None
+
     def close(self) -> None:
         """Ends the job, which must have lasted until now, and removes what it needed on disk.
 
@@ -292,7 +314,8 @@ class Job(Fleece):
         if not job.end(plan.host, plan.dom.uuid, plan.places.socket):
             gone = errors.SourceLost(target=plan.disks[0].target, reason="the backup job ended before the copy did")
             raise self.lost(gone)
-        scratch.remove(plan.places)  # before publication: the intent that names these files goes with it
+        plan.host.site.leave(plan.places)
+        plan.host.site.remove(plan.places)  # before publication: the intent that names these files goes with it
 
     def undo(self, error: BaseException) -> None:
         """Ends the job and removes the new checkpoint, because something failed before the generation was published."""
@@ -314,7 +337,8 @@ class Job(Fleece):
 
     def stay(self) -> None:
         """Leaves the point open when this process ends; the guard goes on.  Errors: HypervisorError without a guard."""
-        reason = self._guard.stay()
+        self.plan.host.site.leave(self.plan.places)
+        reason = self._guard.stay(self.plan.places)
         if reason:
             raise errors.HypervisorError(reason=f"a fleecing point is not left open without a guard: {reason}")
         self.stage.advance("open")
@@ -330,7 +354,7 @@ def opened(session: Session, kept: store.DomainStore, plan: Plan, hooks: phases.
     sizes = {d.target: d.disk.capacity for d in plan.disks}
     # Left in this order, inside out: the job ends and the checkpoint goes before the scratch files it writes to.
     with guard.Guard(plan.host, plan.dom.uuid) as watcher, staging.begun(kept, plan.intent) as stage:
-        with scratch.made(plan.places, sizes, plan.dom.qemu_ids) as files:
+        with scratch.made(plan.host.site, plan.places, sizes, plan.dom.qemu_ids) as files:
             fleece = Job(session, plan, stage, files, watcher, hooks)
             try:
                 session.watch.stop()

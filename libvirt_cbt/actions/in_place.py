@@ -59,6 +59,7 @@ def restore_in_place(
     begun = time.monotonic()
     kept = session.stored(domain_name)
     host = session.host
+    host.site.require_here("a restore in place")
     with kept.lock():
         recover.reconcile(session, kept)
         generation = reading.with_data(kept, points.at(at))
@@ -143,7 +144,7 @@ def _write(
 def _compare(kept: store.DomainStore, generation: manifest.Manifest, image: _Image, fd: int) -> None:
     """What was written, read back and held against the chain.  Errors: OutputFailed."""
     layers = [link.layer for link in kept.chain(generation.id, image.disk.target)]
-    with server.run_dir(places.run_root()) as run_dir, server.chain(layers, run_dir) as chain:
+    with places.temporary() as run_dir, server.chain(layers, run_dir) as chain:
         export = {"driver": "nbd", "server": {"type": "unix", "path": chain.socket}, "export": chain.export}
         below = {"driver": "raw", "file": export}
         written = {"driver": image.format, "file": {"driver": "file", "filename": tools.descriptor(fd)}}

@@ -263,7 +263,7 @@ def _move(
     """Reads one backup's layer alone, and writes another, which is in whole grains meanwhile."""
     watch, total = disk.session.watch, _stored(disk.path(source))
     with ExitStack() as stack:
-        run_dir = stack.enter_context(server.run_dir(places.run_root()))
+        run_dir = stack.enter_context(places.temporary())
         sink = None
         if layer:
             merge.grow(layer, capacity)

@@ -8,21 +8,22 @@ never too little.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Dict, Final, Iterator, List, Tuple
 
-from libvirt_cbt import errors, folders, names
-from libvirt_cbt.actions import fleecing, planning
+from libvirt_cbt import errors, machines, names
+from libvirt_cbt.actions import fleecing, planning, tracking
 from libvirt_cbt.actions.fleecing import Exported, Fleece, Plan, Request
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import bitmaps, connection, documents, domain, quiesce, scratch
+from libvirt_cbt.hypervisor import bitmaps, connection, documents, domain, quiesce
 from libvirt_cbt.nbdio import still
 from libvirt_cbt.nbdio.server import Endpoint
 from libvirt_cbt.repository import manifest, staging, store
 
+ALIVE_SECONDS: Final = 5.0  # of a server to greet; it is there or it is not
 ORPHAN_SECONDS: Final = 1.0  # a qemu-img whose parent was killed goes on for some milliseconds
 
 
@@ -33,11 +34,12 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
     """
     disks: List[domain.Disk] = []
     images: Dict[str, still.Image] = {}
+    machine = images_of(session.host)
     for disk in dom.disks:
         left_out = disk.target in request.exclude or bool(request.disks and disk.target not in request.disks)
         if not disk.unprotected and not ((left_out or request.mark) and disk.untracked):
             try:
-                images[disk.target] = _image(disk)
+                images[disk.target] = _image(machine, disk)
             except errors.ImageUnreadable as e:
                 if not left_out:
                     raise
@@ -47,8 +49,9 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
     seen = replace(dom, disks=tuple(disks))
     found, why = _tracking(kept, images)
     plans, unprotected = planning.plan(
-        seen, kept, found, full=request.full, only=request.disks, exclude=request.exclude, mark=request.mark,
-        allow_plaintext=request.allow_plaintext, max_chain=request.max_chain,
+        seen, kept, found, partial(tracking.bitmaps, session), full=request.full, only=request.disks,
+        exclude=request.exclude, mark=request.mark, allow_plaintext=request.allow_plaintext,
+        max_chain=request.max_chain,
     )  # fmt: skip
     newest = next(iter(found), "")
     for at, one in enumerate(plans):
@@ -59,19 +62,28 @@ def planned(session: Session, kept: store.DomainStore, dom: domain.Domain, reque
     return fleecing.drawn(session, kept, seen, request, (plans, unprotected), tracked)
 
 
-def unusable(kept: store.DomainStore, dom: domain.Domain) -> Dict[str, str]:
+def images_of(host: connection.Host) -> machines.Machine:
+    """Where the images of a host's domains are worked on.  Errors: Elsewhere."""
+    return host.site.machine() or still.Here()
+
+
+def unusable(host: connection.Host, kept: store.DomainStore, dom: domain.Domain) -> Dict[str, str]:
     """By target, why the newest generation's bitmap cannot be counted on; an image that cannot be read is left out."""
     images = {}
+    try:
+        machine = images_of(host)
+    except errors.Elsewhere:
+        return {}
     for disk in dom.disks:
         if not disk.unprotected and not disk.untracked:
             try:
-                images[disk.target] = _image(disk)
+                images[disk.target] = _image(machine, disk)
             except errors.CbtError:
                 continue
     return _tracking(kept, images)[1]
 
 
-def _image(disk: domain.Disk) -> still.Image:
+def _image(machine: machines.Machine, disk: domain.Disk) -> still.Image:
     reason = None
     if disk.source_type not in ("file", "block", "volume"):
         reason = f"it is on {names.printable(disk.source_type)} storage ({names.printable(disk.source)})"
@@ -79,7 +91,7 @@ def _image(disk: domain.Disk) -> still.Image:
         reason = "it is encrypted, and only libvirt has the key"
     if reason:
         raise errors.ImageUnreadable(target=disk.target, reason=reason)
-    return still.look(disk.target, disk.source, disk.format)
+    return still.look(machine, disk.target, disk.source, disk.format)
 
 
 def _tracking(
@@ -111,14 +123,15 @@ class Still(Fleece):
         self.quiesced = quiesce.Quiesced(plan.request.quiesce, "none", None, rest.unclean)
         self._servers = ExitStack()
         self._endpoints: Dict[str, Endpoint] = {}
+        self._machine = images_of(plan.host)
 
     def begin(self) -> None:
         """Errors: ImageInUse, ImageUnreadable, ToolFailed, SourceLost when the domain was changed meanwhile."""
         plan = self.plan
         for target, path in plan.intent.images.items():
-            still.add(target, path, plan.intent.checkpoint)
-        images = {d.target: (_image(d.disk), d.checkpoint) for d in plan.disks}
-        self._endpoints = self._servers.enter_context(still.held(images, plan.places.run_dir))
+            still.add(self._machine, target, path, plan.intent.checkpoint)
+        images = {d.target: (_image(self._machine, d.disk), d.checkpoint) for d in plan.disks}
+        self._endpoints = self._servers.enter_context(still.held(self._machine, images, plan.places.run_dir))
         # Nobody can write any more: what is seen now is what is read.
         shown = names.printable(plan.dom.name)
         self._session.watch.note(f"guest '{shown}' cannot be started until process {os.getpid()} has read its images")
@@ -132,7 +145,7 @@ class Still(Fleece):
             found = next((d for d in now.disks if d.target == target), None)
             if found is None or (found.source, found.format, found.inodes) != (was.source, was.format, was.inodes):
                 raise errors.SourceLost(target=target, reason="the domain got another image for it meanwhile")
-            image = _image(was)
+            image = _image(self._machine, was)
             needed = [plan.checkpoint] if plan.checkpoint else []
             if target in self.plan.intent.images:
                 needed.append(self.plan.intent.checkpoint)
@@ -151,12 +164,7 @@ class Still(Fleece):
 
     def alive(self) -> bool:
         """The images are held for as long as their server lives."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(next(iter(self._endpoints.values())).socket)
-            except OSError:
-                return False
-        return True
+        return machines.greets(next(iter(self._endpoints.values())).socket, ALIVE_SECONDS)
 
     def lost(self, error: errors.CbtError) -> errors.CbtError:
         if self.alive():
@@ -177,7 +185,7 @@ class Still(Fleece):
                 plan.host, plan.dom, plan.checkpoint, plan.intent.repository, frozenset(plan.intent.images)
             )
         self.release()
-        scratch.remove(plan.places)  # before publication: the intent that names the folder goes with it
+        plan.host.site.remove(plan.places)  # before publication: the intent that names the folder goes with it
 
     def release(self) -> None:
         """Lets the images go: from now on the guest can be started."""
@@ -201,7 +209,7 @@ def opened(session: Session, kept: store.DomainStore, plan: Plan) -> Iterator[St
         point = Still(session, plan, stage, rest)
         try:
             session.watch.stop()
-            _make_run_dir(plan.places.run_dir)
+            plan.host.site.make(plan.places, {}, None)
             try:
                 point.begin()
                 yield point
@@ -210,20 +218,11 @@ def opened(session: Session, kept: store.DomainStore, plan: Plan) -> Iterator[St
         except BaseException:
             if not stage.published:
                 try:
-                    scratch.remove(plan.places)
+                    plan.host.site.remove(plan.places)
                     withdraw(plan.host, plan.intent)
                 except errors.CbtError:
                     stage.keep = True  # the guest runs by now, or the daemon does not: `recover` does it from the intent
             raise
-
-
-def _make_run_dir(path: str) -> None:
-    parent = os.path.dirname(path)
-    try:
-        folders.root(parent)
-        os.mkdir(path, 0o700)
-    except OSError as e:
-        raise errors.HypervisorError(reason=f"cannot make a folder for sockets in {parent}: {e.strerror}") from None
 
 
 def withdraw(host: connection.Host, intent: manifest.Intent) -> List[str]:
@@ -236,9 +235,10 @@ def withdraw(host: connection.Host, intent: manifest.Intent) -> List[str]:
     done: List[str] = []
     refused: Dict[str, errors.ImageInUse] = {}
     deadline = time.monotonic() + ORPHAN_SECONDS
+    machine = images_of(host)
     for target, path in intent.images.items():
         try:
-            if _removed(target, path, name, deadline):
+            if _removed(machine, target, path, name, deadline):
                 done.append(f"removed bitmap {name} from {path}")
         except errors.ImageInUse as e:
             refused[target] = e
@@ -246,17 +246,17 @@ def withdraw(host: connection.Host, intent: manifest.Intent) -> List[str]:
         gone = bitmaps.forget(host, uuid, name, intent.repository, list(refused))
         done += [f"removed bitmap {name} from disk {target}" for target in gone]
     for target, error in refused.items():
-        if still.has(target, intent.images[target], name, shared=True):
+        if still.has(machine, target, intent.images[target], name, shared=True):
             raise error
     if bitmaps.drop(host, uuid, name):
         done.append(f"removed checkpoint {name}")
     return done
 
 
-def _removed(target: str, path: str, name: str, deadline: float) -> bool:
+def _removed(machine: machines.Machine, target: str, path: str, name: str, deadline: float) -> bool:
     while True:
         try:
-            return still.remove(target, path, name)
+            return still.remove(machine, target, path, name)
         except errors.ImageInUse:
             if time.monotonic() > deadline:
                 raise
@@ -269,11 +269,12 @@ def erase(host: connection.Host, dom: domain.Domain, checkpoint: str) -> bool:
     Errors: ImageInUse, ImageUnreadable, HypervisorError: what is left of it waits for another run.
     """
     found = False
+    machine = images_of(host)
     for disk in dom.disks:
         if disk.unprotected or disk.untracked:
             continue
-        if any(checkpoint in below.bitmaps for below in _image(disk).below()):
+        if any(checkpoint in below.bitmaps for below in _image(machine, disk).below()):
             # Others may use that file, too; a running QEMU knows what it does.
             raise errors.ImageUnreadable(target=disk.target, reason=f"a backing file has bitmap {checkpoint}, too")
-        found = still.remove(disk.target, disk.source, checkpoint) or found
+        found = still.remove(machine, disk.target, disk.source, checkpoint) or found
     return bitmaps.drop(host, dom.uuid, checkpoint) or found

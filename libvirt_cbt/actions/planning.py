@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Collection, Dict, Final, List, Optional, Tuple
+from typing import Callable, Collection, Dict, Final, List, Optional, Sequence, Tuple
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.actions import tracking
 from libvirt_cbt.hypervisor import documents, domain
 from libvirt_cbt.nbdio.copy import ALL, DIRTY, NOTHING
 from libvirt_cbt.repository import doubts, manifest, store
@@ -45,6 +44,7 @@ class DiskPlan:
         return MODES[self.copy]
 
 
+Bitmaps = Callable[[domain.Disk], Sequence[str]]  # those that the header of a disk's image lists
 Plans = Tuple[List[DiskPlan], List[manifest.Unprotected]]
 
 
@@ -52,6 +52,7 @@ def plan(
     dom: domain.Domain,
     kept: store.DomainStore,
     checkpoints: Dict[str, documents.CheckpointInfo],
+    bitmaps: Bitmaps,
     *,
     full: bool = False,
     only: Collection[str] = (),
@@ -63,8 +64,9 @@ def plan(
     """Plans of the disks that join the job, and the disks that are not protected with the reason of each.
 
     `mark`: no disk is copied, and those that cannot hold a bitmap stay out.  A disk that QEMU encrypts joins only with
-    `allow_plaintext`.  Errors: NoSuchDisk for a name in `only` or `exclude` that the domain does not have;
-    WouldBePlaintext; Usage when nothing is left.
+    `allow_plaintext`.  `bitmaps` is asked only to say more of a disk whose tracking broke.
+    Errors: NoSuchDisk for a name in `only` or `exclude` that the domain does not have; WouldBePlaintext; Usage when
+    nothing is left.
     """
     for target in (*only, *exclude):
         dom.disk(target)
@@ -88,7 +90,9 @@ def plan(
         if plaintext:
             sealed.append(disk.target)
         else:
-            plans.append(_disk(disk, kept, history, checkpoints, full=full, mark=left_out or mark, max_chain=max_chain))
+            broken = disk.untracked or _broken(disk, history, checkpoints, bitmaps) or _reverted(kept)
+            marked = left_out or mark
+            plans.append(_disk(disk, kept, history, checkpoints, broken, full=full, mark=marked, max_chain=max_chain))
     if sealed:
         raise errors.WouldBePlaintext(domain=names.printable(dom.name), disks=", ".join(sealed))
     if not plans or (not mark and all(p.copy == NOTHING for p in plans)):
@@ -115,12 +119,12 @@ def _disk(
     kept: store.DomainStore,
     history: List[manifest.Manifest],
     checkpoints: Dict[str, documents.CheckpointInfo],
+    broken: Optional[str],
     *,
     full: bool,
     mark: bool,
     max_chain: int,
 ) -> DiskPlan:
-    broken = disk.untracked or _broken(disk, history, checkpoints) or _reverted(kept)
     if broken:
         first = not any(m.disk(disk.target) for m in history) and not disk.untracked
         reason = "first backup of this disk" if first else broken
@@ -141,7 +145,10 @@ def _disk(
 
 
 def _broken(
-    disk: domain.Disk, history: List[manifest.Manifest], checkpoints: Dict[str, documents.CheckpointInfo]
+    disk: domain.Disk,
+    history: List[manifest.Manifest],
+    checkpoints: Dict[str, documents.CheckpointInfo],
+    bitmaps: Bitmaps,
 ) -> Optional[str]:
     """Why the newest generation's bitmap cannot be trusted for this disk, with what was and what is; None when it can.
 
@@ -158,12 +165,12 @@ def _broken(
         return f"generation {newest.generation} has no checkpoint: none of its disks could hold a bitmap"
     if newest.checkpoint not in checkpoints:
         return f"libvirt no longer has checkpoint {newest.checkpoint} of generation {newest.generation}, " + (
-            f"nor does {_path(disk.source)} hold a usable bitmap of it" + _older_copy(disk, history)
+            f"nor does {_path(disk.source)} hold a usable bitmap of it" + _older_copy(disk, history, bitmaps)
         )
     if checkpoints[newest.checkpoint].disks.get(disk.target) is None:
         before = "" if disk.source == entry.source.path else f" (the disk was {_path(entry.source.path)} then)"
         return f"the bitmap of generation {newest.generation} is missing or broken in {_path(disk.source)}" + (
-            before + _older_copy(disk, history)
+            before + _older_copy(disk, history, bitmaps)
         )
     if disk.capacity < entry.capacity:
         return f"the disk shrank from {entry.capacity} to {disk.capacity} bytes"
@@ -188,8 +195,8 @@ def _absent(target: str, history: List[manifest.Manifest]) -> str:
     )
 
 
-def _older_copy(disk: domain.Disk, history: List[manifest.Manifest]) -> str:
-    held = set(tracking.bitmaps(disk))
+def _older_copy(disk: domain.Disk, history: List[manifest.Manifest], bitmaps: Bitmaps) -> str:
+    held = set(bitmaps(disk))
     for older in reversed(history[:-1]):
         if older.checkpoint in held:
             return f"; it has that of generation {older.generation}: an older copy of the image was put back"

@@ -43,7 +43,7 @@ def pulled(
     plan = fleece.plan
     exports = fleece.exported()
     with ExitStack() as stack:
-        run_dir = stack.enter_context(server.run_dir(places.run_root()))  # the job's own folder is QEMU's, too
+        run_dir = stack.enter_context(places.temporary())  # the job's own folder is QEMU's, too
         deltas: Dict[str, npy.Writer] = {}
         contents: Dict[str, npy.Writer] = {}
         pulls = []

@@ -6,7 +6,7 @@ import os
 from typing import Dict, Final, List, Optional, Tuple
 
 import libvirt_cbt
-from libvirt_cbt import durable, names
+from libvirt_cbt import names
 from libvirt_cbt.actions import fleecing, results
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.planning import DiskPlan
@@ -61,9 +61,9 @@ def _variables(fleece: Fleece) -> Dict[str, str]:
     if path is None:
         return {}
     try:
-        data = durable.read(path, MOST_VARIABLES)
+        data = fleece.plan.host.site.read(path, MOST_VARIABLES)
     except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else str(e)
+        reason = e.strerror or str(e) if isinstance(e, OSError) else str(e)
         fleece.warnings.append(f"the UEFI variables are not in this backup: {path}: {reason}")
         return {}
     return {"nvram": fleece.stage.add("nvram", data)}
@@ -71,7 +71,6 @@ def _variables(fleece: Fleece) -> Dict[str, str]:
 
 def _disk(fleece: Fleece, plan: DiskPlan, read: Read) -> manifest.ManifestDisk:
     disk = plan.disk
-    local_qcow2 = disk.format == "qcow2" and bool(disk.inodes)
     return manifest.ManifestDisk(
         target=disk.target,
         mode=plan.mode,  # type: ignore[arg-type]
@@ -80,7 +79,7 @@ def _disk(fleece: Fleece, plan: DiskPlan, read: Read) -> manifest.ManifestDisk:
         parent=plan.parent,
         lineage=plan.lineage,
         capacity=disk.capacity,
-        granularity=qcow2.granularity(disk.source) if local_qcow2 else None,
+        granularity=qcow2.granularity(disk.header) if disk.format == "qcow2" else None,
         source=manifest.Source(
             type=disk.source_type,
             path=disk.source,

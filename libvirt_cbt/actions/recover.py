@@ -14,7 +14,6 @@ from libvirt_cbt import places as machine
 from libvirt_cbt.actions import events, offline, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, checkpoints, connection, domain, job, pace, quiesce, scratch
-from libvirt_cbt.nbdio import server
 from libvirt_cbt.repository import manifest, staging, store
 
 
@@ -27,7 +26,7 @@ def recover(session: Session, domain_name: str) -> results.Recover:
     with kept.lock():
         done, left = reconcile(session, kept)
         done += retire(session, kept)
-        done += [f"removed {path}" for path in server.sweep(machine.run_root())]
+        done += [f"removed {path}" for path in machine.sweep(machine.run_root())]
         seen = events.attend(session, kept)
         return results.Recover(kept.name, done + seen.done, left + seen.left, waiting=seen.waiting)
 
@@ -98,7 +97,7 @@ def committed(session: Session, kept: store.DomainStore, intent: manifest.Intent
     """Publishes the generation of an open point whose readers are done.  Errors: HypervisorError; then it waits."""
     job.end(session.host, kept.uuid, intent.socket)
     done = _let_go(session, intent)
-    done += [f"removed {path}" for path in scratch.remove(places(intent))]
+    done += [f"removed {path}" for path in session.host.site.remove(places(intent))]
     staging.Staging(kept, intent).commit()
     return [*done, f"committed generation {kept.generations()[-1].generation}"]
 
@@ -134,7 +133,7 @@ def _undo(session: Session, intent: manifest.Intent) -> List[str]:
         done += _let_go(session, intent)
     except errors.NoSuchDomain:
         done += _end_guard(intent)  # undefined meanwhile, and its checkpoints with it
-    return done + [f"removed {path}" for path in scratch.remove(places(intent))]
+    return done + [f"removed {path}" for path in host.site.remove(places(intent))]
 
 
 def _let_go(session: Session, intent: manifest.Intent) -> List[str]:

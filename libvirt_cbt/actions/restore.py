@@ -203,5 +203,5 @@ def image(fd: int, fmt: str, capacity: int) -> Iterator[check.Output]:
         yield check.Output(path, fd=fd)
         return
     qcow2.create_image(fd, capacity)
-    with server.run_dir(places.run_root()) as run_dir, server.image(fd, run_dir) as endpoint:
+    with places.temporary() as run_dir, server.image(fd, run_dir) as endpoint:
         yield check.Output(path, endpoint=endpoint)

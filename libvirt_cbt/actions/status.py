@@ -30,7 +30,7 @@ def _status(session: Session, kept: store.DomainStore) -> results.Status:
     newest = history[-1] if history else None
     with_data = [m for m in history if m.kind != "mark"]
     # libvirt tells sizes of running guests only; of one that is off the images tell whether the bitmaps are sound.
-    asleep = offline.unusable(kept, dom) if bitmaps.off(dom) else {}
+    asleep = offline.unusable(session.host, kept, dom) if bitmaps.off(dom) else {}
     return results.Status(
         domain=dom.name,
         uuid=dom.uuid,

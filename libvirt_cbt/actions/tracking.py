@@ -10,9 +10,10 @@ import json
 from datetime import datetime
 from typing import Dict, Final, List, Optional, Sequence, Set, Tuple
 
-from libvirt_cbt import errors, names, tools
+from libvirt_cbt import errors, names
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import checkpoints, documents, domain
+from libvirt_cbt.nbdio import still
 from libvirt_cbt.repository import manifest, store
 
 SHOWN: Final = 5  # names in a sentence
@@ -74,7 +75,7 @@ def _redefined(
 def _sweep(session: Session, kept: store.DomainStore, found: Dict[str, documents.CheckpointInfo]) -> None:
     """Removes bitmaps that an older copy of an image brought with it: nobody else would, and they record for ever."""
     dom = domain.read(session.host, kept.uuid)
-    for generation, targets in _forgotten(kept, dom, found):
+    for generation, targets in _forgotten(session, kept, dom, found):
         if _redefined(session, kept, dom, generation, targets):
             checkpoints.delete(session.host, kept.uuid, str(generation.checkpoint))
         session.watch.note(f"removed the bitmap of generation {generation.generation} from {_disks(targets)}")
@@ -86,17 +87,17 @@ def _relist(session: Session, kept: store.DomainStore, found: Dict[str, document
     The end of the run retires all but the newest, as it does with every checkpoint.
     """
     dom = domain.read(session.host, kept.uuid)
-    for generation, targets in _forgotten(kept, dom, found):
+    for generation, targets in _forgotten(session, kept, dom, found):
         _redefined(session, kept, dom, generation, targets)
         if generation is kept.generations()[-1]:
             session.watch.note(_regained(generation, targets))
 
 
 def _forgotten(
-    kept: store.DomainStore, dom: domain.Domain, found: Dict[str, documents.CheckpointInfo]
+    session: Session, kept: store.DomainStore, dom: domain.Domain, found: Dict[str, documents.CheckpointInfo]
 ) -> List[Tuple[manifest.Manifest, List[str]]]:
     """Generations whose checkpoint libvirt does not have, and the disks whose images list its bitmap."""
-    held = {disk.target: set(bitmaps(disk)) for disk in dom.disks}
+    held = {disk.target: set(bitmaps(session, disk)) for disk in dom.disks}
     lost = [m for m in kept.generations() if m.checkpoint and m.checkpoint not in found]
     rows = [(m, [target for target, listed in held.items() if m.checkpoint in listed]) for m in lost]
     return [(m, targets) for m, targets in rows if targets]
@@ -114,7 +115,7 @@ def trackable(disk: domain.Disk) -> bool:
     return not disk.unprotected and not disk.untracked
 
 
-def bitmaps(disk: domain.Disk) -> List[str]:
+def bitmaps(session: Session, disk: domain.Disk) -> List[str]:
     """Names of the bitmaps that the header of a disk's own image lists; none where it cannot be read.
 
     Those made since QEMU opened the image are not among them.
@@ -122,11 +123,12 @@ def bitmaps(disk: domain.Disk) -> List[str]:
     if not trackable(disk) or not disk.inodes:
         return []
     try:
+        machine = session.host.site.machine() or still.Here()
         # The guest has the image open: no lock is asked for, and nothing but the header is believed.
-        text = tools.run(["qemu-img", "info", "-U", "-f", disk.format, "--output=json", disk.source])
+        text = machine.info(still.alone(machine, disk.source, disk.format), shared=True)
         data = json.loads(text)["format-specific"]["data"]
         return [str(row["name"]) for row in data.get("bitmaps", [])]
-    except (errors.HypervisorError, ValueError, KeyError, TypeError):
+    except (errors.HypervisorError, errors.Elsewhere, ValueError, KeyError, TypeError):
         return []
 
 

@@ -160,7 +160,7 @@ def _layer(
             )
             if not os.path.isfile(path):
                 raise errors.Damaged(path=path, reason="the layer is missing")
-            run_dir = stack.enter_context(server.run_dir(places.run_root()))
+            run_dir = stack.enter_context(places.temporary())
             endpoints = stack.enter_context(server.layers([path], run_dir))
         except errors.Damaged as e:
             seen.add(generation.id, target, str(e))

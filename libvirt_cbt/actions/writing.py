@@ -47,7 +47,7 @@ def write(
         session.watch.stop()
         # What newer layers hide is not read: a little less than this.
         expected = min(disk.capacity, sum(layer.data_bytes for layer in everything))
-        run_dir = stack.enter_context(server.run_dir(places.run_root()))
+        run_dir = stack.enter_context(places.temporary())
         good = [layer for layer in everything if layer.broken is None]
         endpoints = stack.enter_context(server.layers([layer.path for layer in good], run_dir)) if good else []
         number = {layer.backup: at for at, layer in enumerate(good)}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Callable, Final, Iterator, List, Optional, Tuple, TypeVar
 
 from libvirt_cbt import errors, names, openstack
+from libvirt_cbt.hypervisor import address, refusals, site
 
 try:
     import libvirt
@@ -56,20 +57,24 @@ class Host:
 
     def __init__(self, uri: Optional[str]) -> None:
         _run_events()
-        self._asked = uri
+        self._asked = address.asked(uri) if uri else None
+        self._added = self._asked[len(uri) :] if uri and self._asked else ""
+        self._site: Optional[site.Site] = None
         self._mending = threading.Lock()
         self._patience = RECONNECT_SECONDS
         self._known: Tuple[Any, str, Any] = (None, "", None)
         self._conn: Any = self._connect()
+        uri = str(self._conn.getURI())
+        address.asked(uri)  # what an alias or libvirt's own default stands for is judged, too
         # For a guard of ours, through a pipe; everything else has `uri`.
-        self.address: str = self._conn.getURI()
+        self.address: str = uri[: -len(self._added)] if self._added and uri.endswith(self._added) else uri
         self.uri = names.without_password(self.address)
 
     def _connect(self) -> Any:
         try:
             conn = libvirt.open(self._asked)
         except libvirt.libvirtError as e:
-            raise errors.NoHypervisor(uri=names.without_password(self._asked or "the default URI"), reason=message(e)) from None
+            raise self._unreachable(e) from None
         if not _embedded(self._asked or ""):  # without a daemon there is nothing to keep alive
             try:
                 conn.setKeepAlive(*KEEPALIVE)
@@ -77,11 +82,30 @@ class Host:
                 pass  # a daemon that is too old for it
         return conn
 
+    def _unreachable(self, error: libvirt.libvirtError) -> errors.NoHypervisor:
+        asked = self._asked or "the default URI"
+        where = address.parse(asked)
+        if not where.here:
+            return refusals.explained(where.host, str(error.get_error_message() or error))
+        return errors.NoHypervisor(uri=names.without_password(asked), reason=message(error))
+
     def close(self) -> None:
+        self._disconnect()
+        if self._site:
+            self._site.close()
+
+    def _disconnect(self) -> None:
         try:
             self._conn.close()
         except libvirt.libvirtError:
             pass
+
+    @property
+    def site(self) -> site.Site:
+        """The machine whose files the domains of this connection have."""
+        if self._site is None:
+            self._site = site.of(address.parse(self.address))
+        return self._site
 
     @property
     def embedded(self) -> bool:
@@ -118,7 +142,7 @@ class Host:
         with self._mending:
             if self._conn is not broken:
                 return  # another thread has done it
-            self.close()
+            self._disconnect()
             while True:
                 time.sleep(pause)
                 try:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Final, List, Optional, Tuple
+from typing import Final, List, Mapping, Optional, Tuple
 
 import libvirt
 from lxml import etree
 
 from libvirt_cbt import errors, names, xmldoc
-from libvirt_cbt.hypervisor import connection
+from libvirt_cbt.hypervisor import connection, site
 
 STATES: Final = ("in no state", "running", "blocked", "paused", "shutting down", "shut off", "crashed", "suspended")
+LOCAL: Final = ("file", "block", "volume")  # what has a path on the host
 CRASHED: Final = "crashed"
 REVERTED: Final = "reverted"
 _FATES: Final = {
@@ -33,12 +33,13 @@ class Disk:
     source: str  # path, or a description of what has none
     format: str
     capacity: int  # bytes
-    inodes: Tuple[str, ...]  # "dev:inode" of the image and its backing files, where they are local
+    inodes: Tuple[str, ...]  # "dev:inode" of the image and its backing files, where they are files of its host
     serial: Optional[str]
     wwn: Optional[str]
     encrypted: bool
     unprotected: Optional[str]
     untracked: Optional[str]
+    header: bytes = b""  # the first bytes of the image, where they can be read
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ def read(host: connection.Host, uuid: names.DomainUuid) -> Domain:
         state = dom.state()[0]
         root = xmldoc.parse(xml, f"the XML of domain {uuid}")
         disks: List[Disk] = []
+        seen = host.site.look(sorted({path for row in root.iterfind("devices/disk") for path in _paths(host, row)}))
         for row in root.iterfind("devices/disk"):
-            disk = _disk(host, dom, row)
+            disk = _disk(host, dom, row, seen)
             if disk:
                 disks.append(disk)
         persistent = bool(dom.isPersistent())
@@ -145,7 +147,9 @@ def _qemu_ids(root: etree._Element) -> Optional[Tuple[int, int]]:
     return None
 
 
-def _disk(host: connection.Host, dom: object, row: etree._Element) -> Optional[Disk]:
+def _disk(
+    host: connection.Host, dom: object, row: etree._Element, seen: Mapping[str, site.Seen]
+) -> Optional[Disk]:
     target_row = row.find("target")
     if target_row is None:
         return None
@@ -162,19 +166,22 @@ def _disk(host: connection.Host, dom: object, row: etree._Element) -> Optional[D
             unprotected = f"its size cannot be read: {connection.message(e)}"
         if not unprotected and not capacity:
             unprotected = "it is empty"
-    local = source_type in ("file", "block", "volume")
+    image = seen.get(source) if source_type in LOCAL else None
+    header = image.header if image else b""
+    found = [seen[path].inode for path in _paths(host, row) if path in seen]
     return Disk(
         target=target,
         source_type=source_type,
         source=source,
         format=fmt,
         capacity=capacity,
-        inodes=_inodes(row, source) if local else (),
+        inodes=tuple(inode for inode in found if inode),
         serial=xmldoc.text(row, "serial") or None,
         wwn=xmldoc.text(row, "wwn") or None,
         encrypted=row.find(".//encryption") is not None,  # also of a backing file only
         unprotected=unprotected,
-        untracked=None if unprotected else _untracked(fmt, source if local else ""),
+        untracked=None if unprotected else _untracked(fmt, header),
+        header=header,
     )
 
 
@@ -214,27 +221,19 @@ def _unprotected(row: etree._Element, source: str) -> Optional[str]:
     return None
 
 
-def _untracked(fmt: str, path: str) -> Optional[str]:
+def _untracked(fmt: str, header: bytes) -> Optional[str]:
     """Only qcow2 version 3 keeps bitmaps; a header that this user may not read is taken for one that does."""
     if fmt != "qcow2":
         return f"a {fmt} image cannot hold a bitmap"
-    try:
-        with open(path, "rb", buffering=0) as image:
-            header = image.read(8)
-    except OSError:
-        return None
     if header[:4] == b"QFI\xfb" and int.from_bytes(header[4:8], "big") < 3:
         return "a qcow2 image of version 2 cannot hold a bitmap (`qemu-img amend -o compat=1.1` with the guest off)"
     return None
 
 
-def _inodes(row: etree._Element, source: str) -> Tuple[str, ...]:
-    paths = [source] + [s.get("file") or s.get("dev") or "" for s in row.iterfind(".//backingStore/source")]
-    found = []
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except (OSError, ValueError):
-            continue
-        found.append(f"{status.st_dev}:{status.st_ino}")
-    return tuple(found)
+def _paths(host: connection.Host, row: etree._Element) -> List[str]:
+    """The image and its backing files, where they are files of the host."""
+    kind, source = _source(host, row)
+    if kind not in LOCAL:
+        return []
+    below = [s.get("file") or s.get("dev") or "" for s in row.iterfind(".//backingStore/source")]
+    return [path for path in (source, *below) if path]

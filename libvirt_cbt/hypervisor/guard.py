@@ -14,12 +14,13 @@ import select
 import subprocess
 import sys
 import time
-from typing import Any, Dict, Final, Optional
+from typing import Any, Dict, Final, Mapping, Optional
 
 from libvirt_cbt import errors, names, processes
 from libvirt_cbt.hypervisor import connection, pace, scratch
 
 READY_SECONDS: Final = 15.0
+FAR_SECONDS: Final = 60.0  # to be ready on another host, by three connections
 ANSWER_SECONDS: Final = 5.0
 PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # Ours alone: neither the user's PYTHON variables nor the working directory decide what a guard runs.
@@ -72,7 +73,7 @@ class Guard:
 
     def wait_ready(self) -> Optional[str]:
         """Why it cannot guard, or None once it has its own connection to libvirt."""
-        if not self.absent and not self._ready and not self._answer("ready", READY_SECONDS):
+        if not self.absent and not self._ready and not self._answer("ready", READY_SECONDS if self._host.site.here else FAR_SECONDS):
             self.absent = "the thaw watchdog did not start"
         return self.absent
 
@@ -91,33 +92,47 @@ class Guard:
             self._answer("disarmed", ANSWER_SECONDS)
         return self._fired
 
-    def watch(self, where: scratch.Places) -> None:
+    def watch(self, where: scratch.Places, sizes: Mapping[str, int]) -> None:
         """From now on the job that exports on our socket ends when the scratch files' room runs out, or with us.
 
         With plenty of room nobody waits for an answer: the words are in the pipe before the job begins, and `check` looks
         at the room, too.  With little the guest is slowed before.
         """
+        site = self._host.site
+        free = site.room(where.directory)
         self._directory = where.directory
-        self._reserve = scratch.reserve(scratch.room(where.directory))
-        speed = scratch.speed(where)
+        self._reserve = scratch.reserve(free)
+        speed = scratch.speed(sizes, free, site.reaction)
         if speed and self.wait_ready() is None:
             self._slowed = pace.group(where.socket)
         self._say(do="watch", socket=where.socket, directory=where.directory, reserve=self._reserve, speed=speed)
-        if self._slowed:
+        if not site.here:
+            self._require_watching(site.name)
+        elif self._slowed:
             self._answer("watching", ANSWER_SECONDS)
 
-    def stay(self) -> Optional[str]:
-        """It outlives the tool and guards the job until that has ended; why it cannot, or None."""
+    def _require_watching(self, host: str) -> None:
+        """From here nobody else sees the room there."""
+        reason = self.wait_ready()
+        if reason or not self._answer("watching", READY_SECONDS):
+            reason = reason or "the guard process does not answer"
+            raise errors.HypervisorError(reason=f"scratch files on {host} are not left without a guard: {reason}")
+
+    def stay(self, where: scratch.Places) -> Optional[str]:
+        """It outlives the tool and guards the job until that has ended; why it cannot, or None.
+
+        The way to a job on another host is the guard's from then on.
+        """
         reason = self.wait_ready()
         if reason is None:
-            self._say(do="stay")
-            self._stays = self._answer("staying", ANSWER_SECONDS)
+            self._say(do="stay", run_dir=where.run_dir, socket=where.socket)
+            self._stays = self._answer("staying", READY_SECONDS)
         return reason if self._stays else reason or "the guard process does not answer"
 
     def check(self) -> None:
         """Errors: ScratchExhausted when the job had to be ended for lack of room, or has to be now."""
         self._read(0)
-        if self._full is None and self._directory:
+        if self._full is None and self._directory and self._host.site.here:  # there it is the guardian that looks
             free = scratch.room(self._directory)
             self._full = free if free < self._reserve else None
         if self._full is not None:

@@ -49,6 +49,9 @@ class Guardian:
         self._tick = TICKS[0]
         self._stopped = False  # before our job: not ours to let go on
         self._stays = self._released = False
+        self._where: Optional[scratch.Places] = None  # of a point that stays open on another host
+        # On another host somebody has to look there.
+        self._lookout = host.site.lookout(uuid)
 
     def run(self) -> None:
         say("ready")
@@ -62,6 +65,8 @@ class Guardian:
             self._finish(0.0)  # there is a job only if the tool could not end it
         if self._nurse:
             self._nurse.join()
+        if self._lookout:
+            self._lookout.release()
 
     # What the tool says
 
@@ -86,9 +91,13 @@ class Guardian:
         verb = words["do"]
         if verb == "freeze":
             self._deadline = time.monotonic() + words["budget"]
+            if self._lookout:
+                self._lookout.freeze(words["budget"])
             say("armed")
         elif verb in ("thawed", "nurse"):
             self._deadline = None
+            if self._lookout:
+                self._lookout.thawed()
             say("disarmed")
             if verb == "nurse":
                 self._thaw()
@@ -97,6 +106,9 @@ class Guardian:
             say("watching")
         elif verb == "stay":
             self._stays = True
+            if self._lookout:
+                self._where = scratch.Places(words["run_dir"], words["socket"], "", {})
+                self._host.site.reach(self._where)
             say("staying")
         elif verb == "release":
             self._released = True
@@ -118,7 +130,9 @@ class Guardian:
         self._note_stopped()
         if speed:
             self._slowed(socket, speed)
-        self._used_limit = max(0, scratch.room(directory) - reserve)
+        self._used_limit = max(0, self._host.site.room(directory) - reserve)
+        if self._lookout:
+            self._lookout.watch(socket, directory, reserve)
         threading.Thread(target=self._statistics, daemon=True).start()
 
     def _slowed(self, socket: str, speed: int) -> None:
@@ -142,14 +156,21 @@ class Guardian:
 
     def _low(self) -> bool:
         try:
-            free = scratch.room(self._directory)
+            free = self._free()
         except OSError:
             return False  # the folder has gone, and the job with it
+        if free is None:
+            return False
         self._tick = min(TICKS[1], max(TICKS[0], (free - self._reserve) / FASTEST))
         if free >= self._reserve and (self._used_limit is None or self._used <= self._used_limit):
             return False
         say("full", free=free)
         return True
+
+    def _free(self) -> Optional[int]:
+        if self._lookout is None:
+            return scratch.room(self._directory)
+        return self._lookout.free if self._lookout.full is None else self._lookout.full
 
     # What it does
 
@@ -203,6 +224,8 @@ class Guardian:
             if time.monotonic() - checked > STATISTICS_SECONDS:
                 checked = time.monotonic()
                 try:
+                    if self._where:
+                        self._host.site.reach(self._where)  # mends the way when it was cut
                     if self._socket and not job.exporting(self._host, self._uuid, self._socket):
                         self._finish(0.0)
                 except errors.CbtError:
@@ -225,7 +248,13 @@ def main(arguments: List[str]) -> None:
     except OSError:
         pass  # not root
     (uuid,) = arguments
-    Guardian(_connected(json.loads(_first_line())["connect"]), names.domain_uuid(uuid)).run()
+    host = _connected(json.loads(_first_line())["connect"])
+    try:
+        guard = Guardian(host, names.domain_uuid(uuid))
+    except errors.CbtError:
+        sys.exit(1)
+    guard.run()
+    host.close()
     os._exit(0)  # a statistics thread may hang in libvirt
 
 

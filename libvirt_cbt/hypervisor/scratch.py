@@ -11,29 +11,42 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Dict, Final, Iterator, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Dict, Final, Iterator, List, Mapping, Optional, Tuple
 
 from libvirt_cbt import errors, folders, names, tools
 from libvirt_cbt import places as machine
 
+if TYPE_CHECKING:
+    from libvirt_cbt.hypervisor.site import Site
+
 SOCKET_PATH_MAX: Final = 107
 ROOM_FLOOR: Final = 4 * 1024 * 1024  # a job is not begun with less
 RESERVE: Final = 512 * 1024 * 1024  # a job is ended when less is left: a fast guest writes that while it ends
-REACTION_SECONDS: Final = 0.5  # from the last look at the room to the end of the job, on a busy host
+SOCKET: Final = "nbd.sock"
 DEFAULT_DIRECTORY: Final = "/var/lib/libvirt/cbt-scratch"
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where one job's files lie; nothing exists yet."""
+    """Where one job's files lie; nothing exists yet.
+
+    `run_dir` is a folder of this machine.  The socket and the scratch files are on the guest's host: on this machine the
+    socket is in `run_dir`.
+    """
 
     run_dir: str
     socket: str
     directory: str  # of the scratch files, ours alone
     scratch: Dict[str, str]  # by target
 
+    @property
+    def socket_dir(self) -> str:
+        """The folder of the socket, ours alone, on the guest's host."""
+        return os.path.dirname(self.socket)
+
 
 def scratch_root(asked: Optional[str]) -> str:
+    """On this machine."""
     if asked:
         return os.path.abspath(asked)
     if os.geteuid() == 0:
@@ -42,16 +55,18 @@ def scratch_root(asked: Optional[str]) -> str:
     return os.path.abspath(os.path.join(data, "libvirt-cbt", "scratch"))
 
 
-def places(backup: names.BackupId, targets: List[str], scratch_dir: Optional[str]) -> Places:
+def places(site: Site, backup: names.BackupId, targets: List[str], scratch_dir: Optional[str]) -> Places:
     """Errors: ScratchDenied when the socket's path would be too long for the kernel."""
     run_dir = os.path.join(machine.run_root(), backup)
-    socket = os.path.join(run_dir, "nbd.sock")
-    if len(os.fsencode(socket)) > SOCKET_PATH_MAX:
-        raise errors.ScratchDenied(
-            directory=run_dir, reason="a socket's path has 107 bytes at most; set LIBVIRT_CBT_RUN_DIR to a shorter one"
-        )
-    directory = os.path.join(scratch_root(scratch_dir), names.checkpoint(backup))
-    return Places(run_dir, socket, directory, {t: os.path.join(directory, f"{t}.qcow2") for t in targets})
+    socket_dir = os.path.join(site.socket_root(), backup)
+    for folder in (run_dir, socket_dir):
+        if len(os.fsencode(os.path.join(folder, SOCKET))) > SOCKET_PATH_MAX:
+            raise errors.ScratchDenied(
+                directory=folder, reason="a socket's path has 107 bytes at most; set LIBVIRT_CBT_RUN_DIR to a shorter one"
+            )
+    directory = os.path.join(site.scratch_root(scratch_dir), names.checkpoint(backup))
+    scratch = {t: os.path.join(directory, f"{t}.qcow2") for t in targets}
+    return Places(run_dir, os.path.join(socket_dir, SOCKET), directory, scratch)
 
 
 @dataclass
@@ -63,25 +78,28 @@ class Made:
 
 
 @contextmanager
-def made(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, int]]) -> Iterator[Made]:
+def made(
+    site: Site, where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, int]]
+) -> Iterator[Made]:
     """Makes folder, scratch files (sparse qcow2 of the disks' sizes) and the socket's folder; removes them at the end.
 
     QEMU's group may enter and make its socket, nobody else: 0730.  Errors: ScratchDenied, ScratchSpace.
     """
     done = Made()
     try:
-        _make(where, sizes, qemu_ids)
-        done.tight = _tight(where)
+        done.tight = _tight(where, sizes, site.make(where, sizes, qemu_ids), site.reaction)
         yield done
     finally:
         if not done.keep:
-            remove(where)
+            site.remove(where)
 
 
-def _make(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, int]]) -> None:
+def make(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, int]]) -> int:
+    """On this machine; bytes that are free then.  Errors: ScratchDenied, ScratchSpace."""
     directory = os.path.dirname(where.directory)
     try:
-        _make_directories(where, qemu_ids)
+        _make_folder(where.run_dir, 0o730, qemu_ids)
+        _make_folder(where.directory, 0o710, qemu_ids)
         free = room(where.directory)
         if free < ROOM_FLOOR:
             raise errors.ScratchSpace(directory=directory, free=free, needed=ROOM_FLOOR)
@@ -94,13 +112,30 @@ def _make(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int,
             list(several.map(tools.run, commands))
     except OSError as e:
         raise errors.ScratchDenied(directory=directory, reason=e.strerror or str(e)) from None
+    return room(where.directory)
 
 
-def _tight(where: Places) -> Optional[str]:
-    free = room(where.directory)
-    if not _scarce(where, free):
+def make_run_dir(path: str) -> None:
+    """A folder of this machine for sockets that only we use.  Errors: HypervisorError."""
+    try:
+        _make_folder(path, 0o700, None)
+    except OSError as e:
+        reason = f"cannot make a folder for sockets in {os.path.dirname(path)}: {e.strerror}"
+        raise errors.HypervisorError(reason=reason) from None
+
+
+def _make_folder(path: str, shared: int, qemu_ids: Optional[Tuple[int, int]]) -> None:
+    folders.root(os.path.dirname(path))
+    os.mkdir(path, 0o700)
+    if qemu_ids and os.geteuid() == 0:
+        os.chown(path, 0, qemu_ids[1])
+        os.chmod(path, shared)
+
+
+def _tight(where: Places, sizes: Mapping[str, int], free: int, reaction: float) -> Optional[str]:
+    if not _scarce(sizes, free):
         return None
-    slowed = speed(where)
+    slowed = speed(sizes, free, reaction)
     return (
         f"{os.path.dirname(where.directory)} has {free >> 20} MiB free: should the guest overwrite more than "
         f"{(free - reserve(free)) >> 20} MiB during the copy, the backup is ended"
@@ -108,30 +143,18 @@ def _tight(where: Places) -> Optional[str]:
     )
 
 
-def speed(where: Places) -> int:
-    """Bytes a second that may go to the scratch files, so that a job can be ended in time; 0 where nothing is scarce."""
-    free = room(where.directory)
+def speed(sizes: Mapping[str, int], free: int, reaction: float) -> int:
+    """Bytes a second that may go to the scratch files, so that a job can be ended in time; 0 where nothing is scarce.
+
+    `reaction` is the site's.
+    """
     kept = reserve(free)
-    return int(kept / REACTION_SECONDS) if _scarce(where, free) and kept < RESERVE else 0
+    return int(kept / reaction) if _scarce(sizes, free) and kept < RESERVE else 0
 
 
-def _scarce(where: Places, free: int) -> bool:
+def _scarce(sizes: Mapping[str, int], free: int) -> bool:
     """Whether the guest could overwrite more than there is room for."""
-    return free < sum(_capacity(path) for path in where.scratch.values()) + reserve(free)
-
-
-def _capacity(path: str) -> int:
-    with open(path, "rb") as image:
-        return int.from_bytes(image.read(32)[24:], "big")  # a qcow2 header's `size`
-
-
-def _make_directories(where: Places, qemu_ids: Optional[Tuple[int, int]]) -> None:
-    for path, shared in ((where.run_dir, 0o730), (where.directory, 0o710)):
-        folders.root(os.path.dirname(path))
-        os.mkdir(path, 0o700)
-        if qemu_ids and os.geteuid() == 0:
-            os.chown(path, 0, qemu_ids[1])
-            os.chmod(path, shared)
+    return free < sum(sizes.values()) + reserve(free)
 
 
 def reserve(free: int) -> int:
@@ -146,17 +169,22 @@ def room(directory: str) -> int:
 
 
 def remove(where: Places) -> List[str]:
-    """Removes what is there of one job's files, and only files of the expected kind; returns the paths that went."""
+    """Removes what is there on this machine of one job's files, and only files of the expected kind; the paths that went."""
     gone = [path for path in where.scratch.values() if _unlink(path, stat.S_ISREG)]
+    return gone + remove_folder(where.directory) + remove_run_dir(where.run_dir)
+
+
+def remove_run_dir(path: str) -> List[str]:
     # The folder carries our id: every socket in it is ours, those of the layers' writers too.
-    gone += [path for path in _content(where.run_dir) if _unlink(path, stat.S_ISSOCK)]
-    for directory in (where.directory, where.run_dir):
-        try:
-            os.rmdir(directory)
-        except OSError:
-            continue  # not there, or it holds something that is not ours
-        gone.append(directory)
-    return gone
+    return [one for one in _content(path) if _unlink(one, stat.S_ISSOCK)] + remove_folder(path)
+
+
+def remove_folder(path: str) -> List[str]:
+    try:
+        os.rmdir(path)
+    except OSError:
+        return []  # not there, or it holds something that is not ours
+    return [path]
 
 
 def _content(directory: str) -> List[str]:

@@ -104,16 +104,12 @@ def refuse_external_data(path: str) -> None:
         raise errors.Damaged(path=path, reason="it refers to an external data file, which no layer of ours does")
 
 
-def granularity(path: str) -> Optional[int]:
+def granularity(header: bytes) -> Optional[int]:
     """Bytes that one bit of a new bitmap stands for: QEMU's default for the image's cluster size; None when unreadable.
 
+    `header` are the image's first 24 bytes or more.
     bdrv_get_default_bitmap_granularity: the cluster size, at least 4 KiB.
     https://www.qemu.org/docs/master/interop/qcow2.html, bytes 20 to 23.
     """
-    try:
-        with open(path, "rb", buffering=0) as image:
-            begin = image.read(24)
-    except OSError:
-        return None
-    bits = int.from_bytes(begin[20:24], "big")
-    return max(4096, 1 << bits) if begin[:4] == b"QFI\xfb" and 9 <= bits <= 21 else None
+    bits = int.from_bytes(header[20:24], "big")
+    return max(4096, 1 << bits) if header[:4] == b"QFI\xfb" and 9 <= bits <= 21 else None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,13 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Iterator, List, Optional, Sequence
 
-from libvirt_cbt import errors, folders, names, processes, tools
+from libvirt_cbt import errors, machines, names, processes, tools
 from libvirt_cbt.nbdio import qcow2
 
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 60.0
-READERS: Final = "read-"  # what the folders of restore, verify and their like begin with
-GREETING: Final = b"NBDMAGIC"  # the first bytes of every NBD server
 
 
 @dataclass(frozen=True)
@@ -94,32 +90,6 @@ def chain(paths: Sequence[str], run_dir: str) -> Iterator[Endpoint]:
         yield Endpoint(where, "chain")
 
 
-@contextmanager
-def run_dir(root: str) -> Iterator[str]:
-    """A directory of our own for sockets, mode 0700."""
-    try:
-        folders.root(root)
-        sweep(root)
-        path = tempfile.mkdtemp(prefix=f"{READERS}{processes.tag()}.", dir=root)
-    except OSError as e:
-        raise errors.HypervisorError(reason=f"cannot make a folder for sockets in {root}: {e.strerror}") from None
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def sweep(root: str) -> List[str]:
-    """Removes the folders of readers that were killed; which."""
-    gone = []
-    for entry in list(os.scandir(root)) if os.path.isdir(root) else []:
-        name = entry.name.partition(".")[0]
-        if name.startswith(READERS) and processes.ended(name[len(READERS) :]) and entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-            gone.append(entry.path)
-    return gone
-
-
 def require_open(paths: Sequence[str]) -> None:
     """Which of a chain's layers cannot be opened.  Errors: Damaged, LayerInUse naming it."""
     for path in paths:
@@ -191,15 +161,9 @@ def _dying_with(parent: int) -> List[str]:
 def _wait_started(process: subprocess.Popen[bytes], tool: str, path: str, complaints: Any) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(0.5)
-            try:
-                probe.connect(path)
-                # A socket listens before the images are open; the greeting comes when all is.
-                if probe.recv(len(GREETING)) == GREETING:
-                    return
-            except OSError:
-                pass  # not there yet, or slow
+        # A socket listens before the images are open; the greeting comes when all is.
+        if machines.greets(path, 0.5):
+            return
         if process.poll() is not None:
             raise _failed(tool, process, complaints)
         time.sleep(0.005)

@@ -13,7 +13,7 @@ import subprocess
 import time
 from typing import Final, List, Optional, Sequence
 
-from libvirt_cbt import errors, names, processes, tools
+from libvirt_cbt import errors, machines, names, processes, tools
 from libvirt_cbt.nbdio import server, serving
 
 TOOL: Final = "qemu-storage-daemon"
@@ -56,14 +56,8 @@ def start(exports: Sequence[serving.Export], folder: str, group: Optional[int]) 
 def _answers(path: str) -> bool:
     deadline = time.monotonic() + server.START_SECONDS
     while time.monotonic() < deadline:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(0.5)
-            try:
-                probe.connect(path)
-                if probe.recv(len(server.GREETING)) == server.GREETING:
-                    return True
-            except OSError:
-                pass  # not there yet, or slow
+        if machines.greets(path, 0.5):
+            return True
         if _complaint(os.path.dirname(path)) and listening(os.path.dirname(path)) is None:
             return False
         time.sleep(0.01)

@@ -6,19 +6,23 @@ QEMU's own locks keep a guest from starting while its images are held, and us ou
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import stat
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Final, FrozenSet, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Final, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from libvirt_cbt import errors, names, tools
+from libvirt_cbt import errors, machines, names, tools
 from libvirt_cbt.nbdio import server
 from libvirt_cbt.nbdio.server import Endpoint
 
 FORMATS: Final = ("raw", "qcow2")
+SOCKET: Final = "still.sock"
+HEADER: Final = 32
+SOMEBODY: Final = "another program"
 MAX_DEPTH: Final = 200  # libvirt opens no longer chain
 _LOCKED: Final = re.compile(r"another process using the image \[(.*)\]")
 
@@ -58,16 +62,66 @@ class Image:
             at = at.backing
 
 
-def look(target: str, path: str, fmt: str) -> Image:
+class Here(machines.Machine):
+    """This machine."""
+
+    def kind(self, path: str) -> str:
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            return "o" if os.path.lexists(path) else ""
+        except OSError:
+            return "o"
+        return "f" if stat.S_ISREG(mode) else "b" if stat.S_ISBLK(mode) else "o"
+
+    def header(self, path: str) -> bytes:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return file.read(HEADER)
+        except OSError:
+            return b""
+
+    def info(self, name: str, *, shared: bool = False) -> str:
+        return tools.run(["qemu-img", "info", *(["-U"] if shared else []), "--output=json", name])
+
+    def bitmap(self, action: str, name: str, bitmap: str) -> None:
+        tools.run(["qemu-img", "bitmap", action, name, bitmap])
+
+    def holder(self, path: str) -> str:
+        try:
+            wanted = os.stat(path)
+        except OSError:
+            return SOMEBODY
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            if int(pid) == os.getpid():
+                continue
+            try:
+                for descriptor in os.scandir(f"/proc/{pid}/fd"):
+                    if os.path.samestat(wanted, descriptor.stat()):
+                        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+                            return f"{_shown(name.read().strip())} (process {pid})"
+            except OSError:
+                continue  # it ended, or it is not for us to see
+        return SOMEBODY
+
+    @contextmanager
+    def serving(self, arguments: Sequence[str], folder: str) -> Iterator[str]:
+        where = os.path.join(folder, SOCKET)
+        argv = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={where.replace(',', ',,')}"]
+        with server.running([*argv, *arguments], where):
+            yield where
+
+
+def look(machine: machines.Machine, target: str, path: str, fmt: str) -> Image:
     """What a disk's image is; `target` is for the errors.  Errors: ImageInUse when it is open for writing, ImageUnreadable."""
     chain: List[Tuple[str, str, Dict[str, Any]]] = []
     at: Optional[Tuple[str, str]] = (path, fmt)
     while at:
         if len(chain) == MAX_DEPTH or any(seen[0] == at[0] for seen in chain):
             raise errors.ImageUnreadable(target=target, reason=f"the backing files of {_shown(path)} do not end")
-        found = _info(target, *at)
+        found = _info(machine, target, *at)
         chain.append((*at, found))
-        at = _backing(target, at[0], found) if at[1] == "qcow2" else None
+        at = _backing(machine, target, at[0], found) if at[1] == "qcow2" else None
     image: Optional[Image] = None
     for one, driver, found in reversed(chain):
         image = Image(one, driver, int(found["virtual-size"]), _bitmaps(found), image)
@@ -75,95 +129,90 @@ def look(target: str, path: str, fmt: str) -> Image:
     return image
 
 
-def has(target: str, path: str, bitmap: str, *, shared: bool = False) -> bool:
+def has(machine: machines.Machine, target: str, path: str, bitmap: str, *, shared: bool = False) -> bool:
     """Whether a qcow2 image has a bitmap; False for a file that is gone.
 
     `shared` looks past the locks: what a running QEMU has in its own memory is not seen.  Errors: as of `look`.
     """
-    return os.path.lexists(path) and bitmap in _bitmaps(_info(target, path, "qcow2", shared=shared))
+    return bool(machine.kind(path)) and bitmap in _bitmaps(_info(machine, target, path, "qcow2", shared=shared))
 
 
-def add(target: str, path: str, bitmap: str) -> None:
+def add(machine: machines.Machine, target: str, path: str, bitmap: str) -> None:
     """Makes a persistent bitmap that records from now on.  Errors: ImageInUse, ToolFailed."""
-    _changed("--add", target, path, bitmap)
+    _changed(machine, "--add", target, path, bitmap)
 
 
-def remove(target: str, path: str, bitmap: str) -> bool:
+def remove(machine: machines.Machine, target: str, path: str, bitmap: str) -> bool:
     """Removes a bitmap, broken ones too; False when the image has none of that name.  Errors: ImageInUse, ToolFailed."""
     # Looked for with the locks respected: a qemu-img that outlived its parent may just be adding it.
-    if not has(target, path, bitmap):
+    if not has(machine, target, path, bitmap):
         return False
-    _changed("--remove", target, path, bitmap)
+    _changed(machine, "--remove", target, path, bitmap)
     return True
 
 
 @contextmanager
-def held(disks: Mapping[str, Tuple[Image, Optional[str]]], run_dir: str) -> Iterator[Dict[str, Endpoint]]:
+def held(
+    machine: machines.Machine, disks: Mapping[str, Tuple[Image, Optional[str]]], run_dir: str
+) -> Iterator[Dict[str, Endpoint]]:
     """Every disk's image read-only over NBD, with one bitmap each where one is named; until the end nobody can write.
 
     https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
     Errors: ImageInUse, ToolFailed (also when the bitmap cannot be used, or the server ended by itself).
     """
-    where = os.path.join(run_dir, "still.sock")
-    argv = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={where.replace(',', ',,')}"]
+    arguments: List[str] = []
     for number, (target, (image, bitmap)) in enumerate(disks.items()):
-        node = {**_chain(image), "node-name": f"n{number}", "read-only": True}
+        node = {**_chain(machine, image), "node-name": f"n{number}", "read-only": True}
         export = f"type=nbd,id=e{number},node-name=n{number},name={target}"
-        argv += ["--blockdev", json.dumps(node), "--export", export + (f",bitmaps.0={bitmap}" if bitmap else "")]
+        arguments += ["--blockdev", json.dumps(node), "--export", export + (f",bitmaps.0={bitmap}" if bitmap else "")]
     targets = {below.path: target for target, (image, _) in disks.items() for below in (image, *image.below())}
     with ExitStack() as stack:
         try:
-            stack.enter_context(server.running(argv, where))
+            where = stack.enter_context(machine.serving(arguments, run_dir))
         except errors.ToolFailed as e:
             locked = _LOCKED.search(str(e))
-            raise (_in_use(targets.get(locked[1], "?"), locked[1]) if locked else e) from None
+            raise (_in_use(machine, targets.get(locked[1], "?"), locked[1]) if locked else e) from None
         yield {target: Endpoint(where, target) for target in disks}
 
 
-def _chain(image: Image) -> Dict[str, Any]:
-    node = _node(image.path, image.format)
+def _chain(machine: machines.Machine, image: Image) -> Dict[str, Any]:
+    node = _node(machine, image.path, image.format)
     if image.format == "qcow2":
-        node["backing"] = _chain(image.backing) if image.backing else None
+        node["backing"] = _chain(machine, image.backing) if image.backing else None
     return node
 
 
-def _node(path: str, fmt: str) -> Dict[str, Any]:
-    try:
-        block = stat.S_ISBLK(os.stat(path).st_mode)
-    except OSError:
-        block = False
-    return {"driver": fmt, "file": {"driver": "host_device" if block else "file", "filename": path}}
+def _node(machine: machines.Machine, path: str, fmt: str) -> Dict[str, Any]:
+    driver = "host_device" if machine.kind(path) == "b" else "file"
+    return {"driver": fmt, "file": {"driver": driver, "filename": path}}
 
 
-def _alone(path: str, fmt: str) -> str:
+def alone(machine: machines.Machine, path: str, fmt: str) -> str:
     """An image without what lies below it, as a file name that qemu-img takes."""
-    node = _node(path, fmt)
+    node = _node(machine, path, fmt)
     return "json:" + json.dumps({**node, "backing": None} if fmt == "qcow2" else node)
 
 
-def _info(target: str, path: str, fmt: str, *, shared: bool = False) -> Dict[str, Any]:
+def _info(machine: machines.Machine, target: str, path: str, fmt: str, *, shared: bool = False) -> Dict[str, Any]:
     if fmt not in FORMATS:
         raise errors.ImageUnreadable(target=target, reason=f"{_shown(path)} is a {_shown(fmt)} image")
     if not os.path.isabs(path):
         raise errors.ImageUnreadable(target=target, reason=f"{_shown(path) or 'its source'} is not a file of this host")
+    if not machine.kind(path):
+        raise errors.ImageUnreadable(target=target, reason=f"{_shown(path)}: {os.strerror(errno.ENOENT)}")
     try:
-        os.stat(path)
-    except OSError as e:
-        raise errors.ImageUnreadable(target=target, reason=f"{_shown(path)}: {e.strerror}") from None
-    argv = ["qemu-img", "info", "--output=json", *(["-U"] if shared else []), _alone(path, fmt)]
-    try:
-        found = json.loads(tools.run(argv))
+        found = json.loads(machine.info(alone(machine, path, fmt), shared=shared))
     except errors.ToolFailed as e:
         if _LOCKED.search(str(e)):
-            raise _in_use(target, path) from None
+            raise _in_use(machine, target, path) from None
         raise errors.ImageUnreadable(target=target, reason=str(e)) from None
     return found if isinstance(found, dict) else {}
 
 
-def _backing(target: str, path: str, found: Dict[str, Any]) -> Optional[Tuple[str, str]]:
+def _backing(machine: machines.Machine, target: str, path: str, found: Dict[str, Any]) -> Optional[Tuple[str, str]]:
     written = found.get("backing-filename")
     if written is None:
-        if _says_backing(path):
+        if _says_backing(machine, path):
             raise errors.ImageUnreadable(target=target, reason=f"qemu-img does not tell the backing file of {_shown(path)}")
         return None
     fmt = found.get("backing-filename-format")
@@ -180,10 +229,9 @@ def _backing(target: str, path: str, found: Dict[str, Any]) -> Optional[Tuple[st
     return full, str(fmt)
 
 
-def _says_backing(path: str) -> bool:
+def _says_backing(machine: machines.Machine, path: str) -> bool:
     """Whether a qcow2 header names a backing file, bytes 8 to 15: read without it the image would show zeroes."""
-    with open(path, "rb", buffering=0) as file:
-        header = file.read(16)
+    header = machine.header(path)[:16]
     return header[:4] == b"QFI\xfb" and any(header[8:16])
 
 
@@ -192,36 +240,17 @@ def _bitmaps(found: Dict[str, Any]) -> Dict[str, FrozenSet[str]]:
     return {str(one["name"]): frozenset(one["flags"]) for one in listed}
 
 
-def _changed(how: str, target: str, path: str, bitmap: str) -> None:
+def _changed(machine: machines.Machine, how: str, target: str, path: str, bitmap: str) -> None:
     try:
-        tools.run(["qemu-img", "bitmap", how, _alone(path, "qcow2"), bitmap])
+        machine.bitmap(how, alone(machine, path, "qcow2"), bitmap)
     except errors.ToolFailed as e:
         if _LOCKED.search(str(e)):
-            raise _in_use(target, path) from None
+            raise _in_use(machine, target, path) from None
         raise
 
 
-def _in_use(target: str, path: str) -> errors.ImageInUse:
-    return errors.ImageInUse(target=target, path=_shown(path), holder=_holder(path))
-
-
-def _holder(path: str) -> str:
-    """Who has a file open, as far as this user may see."""
-    try:
-        wanted = os.stat(path)
-    except OSError:
-        return "another program"
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        if int(pid) == os.getpid():
-            continue
-        try:
-            for descriptor in os.scandir(f"/proc/{pid}/fd"):
-                if os.path.samestat(wanted, descriptor.stat()):
-                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
-                        return f"{_shown(name.read().strip())} (process {pid})"
-        except OSError:
-            continue  # it ended, or it is not for us to see
-    return "another program"
+def _in_use(machine: machines.Machine, target: str, path: str) -> errors.ImageInUse:
+    return errors.ImageInUse(target=target, path=_shown(path), holder=machine.holder(path))
 
 
 def _shown(text: str) -> str:

@@ -273,18 +273,21 @@ class Intent(Sealed):
 
     @model_validator(mode="after")
     def _named_by_id(self) -> Intent:
-        """What is removed after a crash lies in folders that carry the id: a repository of others names no other file."""
+        """What is removed after a crash lies in folders that carry the id: a repository of others names no other file.
+
+        The socket is on the guest's host, in `run_dir` where that is this machine.
+        """
+        socket_dir = os.path.dirname(self.socket)
         scratch = {t: os.path.join(self.scratch_dir, f"{t}.qcow2") for t in self.scratch}
         ours = (
             self.checkpoint == f"cbt-{self.id}"
-            and self.run_dir == os.path.normpath(self.run_dir)
-            and os.path.basename(self.run_dir) == self.id
-            and self.socket == os.path.join(self.run_dir, "nbd.sock")
+            and all(path == os.path.normpath(path) and os.path.basename(path) == self.id for path in (self.run_dir, socket_dir))
+            and self.socket == os.path.join(socket_dir, "nbd.sock")
             and self.scratch_dir == os.path.normpath(self.scratch_dir)
             and os.path.basename(self.scratch_dir) == self.checkpoint
             and self.scratch == scratch
         )
-        if not ours or not os.path.isabs(self.run_dir) or not os.path.isabs(self.scratch_dir):
+        if not ours or not all(os.path.isabs(path) for path in (self.run_dir, self.socket, self.scratch_dir)):
             raise ValueError("its files have other names than they must")
         return self
 

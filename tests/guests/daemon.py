@@ -237,6 +237,11 @@ class Daemon:
         assert self._keeper
         return f"/proc/{self._keeper.pid}/root{path}"
 
+    def enter(self) -> List[str]:
+        """The beginning of a command that runs in the daemon's mount namespace, beside it."""
+        assert self._keeper
+        return ["nsenter", "--target", str(self._keeper.pid), "--mount", "--"] if self.privileged else []
+
     def qemu_pid(self, uuid: str) -> int:
         """The pid of a running guest's QEMU; by UUID, as a name may be anything."""
         assert self._keeper

@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import pytest
 
 import libvirt_cbt
-from libvirt_cbt import errors
+from libvirt_cbt import errors, places
 from libvirt_cbt.actions import restore as restoring
 from libvirt_cbt.nbdio import server
 from libvirt_cbt.repository import manifest
@@ -493,7 +493,7 @@ def test_files_and_sockets_are_for_us_alone(folder: str, mask: int, rng: random.
         history.write(rng)
         history.generation()
         run_root = os.path.join(folder, "run", "cbt")
-        with server.run_dir(run_root) as run_dir:
+        with places.temporary(run_root) as run_dir:
             layers = [history.layer(m.id) for m in history.kept.repository.domain(samples.UUID).generations()]
             with server.layers(layers[:1], run_dir):
                 assert _loose(run_dir) == []

@@ -43,7 +43,7 @@ def test_the_wheel_holds_every_module_and_template(wheel: zipfile.ZipFile) -> No
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "libvirt_cbt").rglob("*.py")}
     wanted |= {f"libvirt_cbt/xml_templates/{path.name}" for path in (ROOT / "xml_templates").glob("*.xml")}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "libvirt_cbt" / "hooks" / "files").iterdir()}
-    wanted.add("libvirt_cbt/py.typed")
+    wanted |= {"libvirt_cbt/py.typed", "libvirt_cbt/hypervisor/far.sh"}
     assert not wanted - set(wheel.namelist())
 
 
