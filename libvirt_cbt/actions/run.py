@@ -56,6 +56,7 @@ class _Work:
     def __init__(self, session: Session, kept: store.DomainStore, chosen: Chosen, *, dry_run: bool) -> None:
         self._session, self._kept, self._dry_run = session, kept, dry_run
         self._rules = chosen.rules
+        self._now = datetime.now(timezone.utc)
         self._options = Options(bandwidth=self._rules.bandwidth) if self._rules.bandwidth else Options()
         self.failures: List[results.Failure] = []
 
@@ -81,11 +82,11 @@ class _Work:
 
     def backup(self) -> results.Backup:
         rules, session = self._rules, self._session
-        audit = due(self._audited(), rules.audit_every)
+        audit = due(self._audited(), rules.audit_every, self._now)
         return backup(
             session,
             self._kept.uuid,
-            full=due(self._newest_full(), rules.full_every),
+            full=due(self._newest_full(), rules.full_every, self._now),
             disks=rules.disks,
             exclude=_present(session, self._kept.uuid, rules.exclude_disks),
             require_all=rules.require_all,
@@ -134,11 +135,11 @@ class _Work:
         return checked.moment(generations[0].frozen_at) if generations else None
 
 
-def due(last: Optional[datetime], every: Optional[float]) -> bool:
+def due(last: Optional[datetime], every: Optional[float], now: datetime) -> bool:
     """Whether something that was done at `last` is to be done again; what was never done comes by itself."""
     if last is None or every is None:
         return False
-    return datetime.now(timezone.utc) - last >= timedelta(seconds=every)
+    return now - last >= timedelta(seconds=every)
 
 
 def _present(session: Session, uuid: names.DomainUuid, targets: List[str]) -> List[str]:

@@ -278,7 +278,7 @@ def test_a_damaged_note_of_readings_begins_anew(kept: store.DomainStore) -> None
 
 @pytest.mark.parametrize(
     ("hours", "every", "wanted"),
-    [(None, 3600.0, False), (2.0, None, False), (2.0, 3600.0, True), (0.5, 3600.0, False), (-5.0, 3600.0, False)],
+    [(None, 3600.0, False), (2.0, None, False), (2.0, 3600.0, True), (0.5, 3600.0, False), (1.0, 3600.0, True), (-5.0, 3600.0, False)],
 )
 def test_what_is_due(hours: Optional[float], every: Optional[float], wanted: bool) -> None:
-    assert run.due(None if hours is None else NOW - timedelta(hours=hours), every) is wanted
+    assert run.due(None if hours is None else NOW - timedelta(hours=hours), every, NOW) is wanted
