@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Callable, List, Optional, Tuple
 
-from libvirt_cbt import errors, names, places, tools
+from libvirt_cbt import errors, names, places, scripts, tools
 from libvirt_cbt.actions import fleecing, offline, results, tracking
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import address, bitmaps, checkpoints, defining, domain, job, scratch, site
@@ -42,6 +42,7 @@ def doctor(session: Session, domain_name: Optional[str] = None, *, scratch_dir: 
         check("far host", lambda: (OK, where.described()))
     if reached or address.parse(session.uri or "").here:
         check("scratch folder", lambda: _folder(where, where.scratch_root(scratch_dir), "name another with --scratch-dir"))
+    check("scripts", _scripts)
     disks: List[results.DoctorDisk] = []
     if domain_name and reached:
         dom = domain.read(session.host, session.host.find(domain_name))
@@ -103,6 +104,14 @@ def _folder(where: site.Site, path: str, way_out: str) -> Finding:
     if found.path == path and found.mode & 0o002 and not found.mode & 0o1000:
         return FAILED, f"{path} is writable for everybody; run `chmod 711 {errors.argument(path)}`, or {way_out}"
     return OK, path
+
+
+def _scripts() -> Finding:
+    found = scripts.find(scripts.directory())
+    if found.refused:
+        return WARNING, "; ".join(found.refused)
+    count = sum(map(len, found.scripts.values()))
+    return OK, f"{count} in {found.directory}" if count else "none"
 
 
 def _state(dom: domain.Domain) -> Finding:

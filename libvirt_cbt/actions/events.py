@@ -46,9 +46,7 @@ def heard(session: Session, kept: store.DomainStore) -> List[str]:
     Errors: NoHypervisor.
     """
     events = [event for event in _taken(session) if event.uuid == kept.uuid]
-    done = _doubted(session, kept, events) if events else []
-    for sentence in done:
-        session.watch.note(sentence)
+    done = _doubted(session, kept, events)
     for event in events:
         event.done()
     return done
@@ -57,7 +55,7 @@ def heard(session: Session, kept: store.DomainStore) -> List[str]:
 def attend(session: Session, kept: store.DomainStore) -> Attended:
     """Under the lock: whatever was noted of one domain.  A guest with a job (one that migrates, say) has to wait.
 
-    Errors: NoHypervisor; those of tracking.regain.
+    Errors: NoHypervisor, DomainBusy; what was noted is looked into again then.
     """
     events = [event for event in _taken(session) if event.uuid == kept.uuid]
     if not events or not _here(session, kept, events):
@@ -66,10 +64,13 @@ def attend(session: Session, kept: store.DomainStore) -> Attended:
     if running:
         what = ", ".join(event.kind for event in events)
         return Attended([], [f"the guest is busy with {running.what}: it is looked at later ({what})"], len(events))
-    done = heard(session, kept)
+    done = _doubted(session, kept, events)
     before = checkpoints.listed(session.host, kept.uuid, sizes=False)
     left = tracking.regain(session, kept)
-    return Attended(done + _regained(session, kept, before), left, 0)
+    done += _regained(session, kept, before)
+    for event in events:
+        event.done()
+    return Attended(done, left, 0)
 
 
 def _taken(session: Session) -> List[spool.Event]:
@@ -93,7 +94,7 @@ def _here(session: Session, kept: store.DomainStore, events: Sequence[spool.Even
 def _doubted(session: Session, kept: store.DomainStore, events: Sequence[spool.Event]) -> List[str]:
     """Before libvirt 10.5 its hooks are not told why a guest ended; libvirt itself is, until the next start."""
     try:
-        fate = domain.fate(session.host, kept.uuid)
+        fate = domain.fate(session.host, kept.uuid) if events else None
     except errors.NoSuchDomain:
         fate = None
     done = []
@@ -103,6 +104,8 @@ def _doubted(session: Session, kept: store.DomainStore, events: Sequence[spool.E
             done.append(f"noted that the guest or its QEMU crashed at {event.time}")
         elif kind == domain.REVERTED and doubts.put_back(kept, event.time):
             done.append(f"noted that the guest was put back to a snapshot at {event.time}")
+    for sentence in done:
+        session.watch.note(sentence)
     return done
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Callable, Dict, Final, Iterator, List, Optional
 
-from libvirt_cbt import errors, names, scripts
+from libvirt_cbt import errors, names, openstack, scripts
 from libvirt_cbt.actions import attending
 from libvirt_cbt.actions.session import Session
 
@@ -36,7 +36,7 @@ class Phases:
         self._complaints = list(found.refused)
         self._facts: Dict[str, Any] = {
             "verb": verb,
-            "domain": {"name": domain_name, "uuid": None},
+            "domain": {"name": domain_name, "uuid": None, "instance": None},
             "repository": session.path,
             "uri": names.without_password(session.uri) if session.uri else None,
             "backup": None,
@@ -54,9 +54,11 @@ class Phases:
 
     def preflight(self, plan: fleecing.Plan) -> None:
         """All is planned and nothing is begun.  Errors: HookStopped."""
+        if not self._found.scripts:
+            return
         self._untracked = [one.target for one in plan.disks if one.disk.untracked]
         self._facts.update(
-            domain={"name": plan.dom.name, "uuid": plan.dom.uuid},
+            domain={"name": plan.dom.name, "uuid": plan.dom.uuid, "instance": openstack.name(plan.dom.xml)},
             uri=plan.host.uri,
             backup=plan.intent.id,
             generation=plan.generation,
@@ -114,7 +116,7 @@ class Phases:
     def committed(self, kept: store.DomainStore, made: manifest.Manifest, result: Any) -> List[str]:
         """The generation is published, and nothing stops that any more.  Warnings."""
         self._facts.update(backup=made.id, generation=made.generation)
-        self._facts["domain"] = {"name": made.domain.name, "uuid": made.domain.uuid}
+        self._facts["domain"].update(name=made.domain.name, uuid=made.domain.uuid)
         resets = self._resets(kept, made)
         if resets:
             self._run("lineage-reset", binding=False, resets=resets)

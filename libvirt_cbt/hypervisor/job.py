@@ -69,7 +69,13 @@ def _running(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]
     with host.translated(uuid):
         if not dom.isActive():
             return None
-        stats = dom.jobStats()
+        try:
+            stats = dom.jobStats()
+        except libvirt.libvirtError as e:
+            # Where a guest is on its way to libvirt has no statistics of that, and refuses to give any.
+            if e.get_error_code() != libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
+                raise
+            return Running(OPERATIONS[4], None, None)
     if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
         return _block_job(host, uuid)
     elapsed = stats.get("time_elapsed")

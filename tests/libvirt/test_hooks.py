@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
+import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
@@ -48,6 +51,13 @@ def recovered(tool: Tool) -> Dict[str, Any]:
     ended = tool.run("recover", "--noted")
     assert ended.code == 0, ended.stderr
     return {one["domain"]: one["actions"] for one in ended.document["results"]}
+
+
+def until(happened: Callable[[], bool], complaint: str) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline, complaint
+        time.sleep(0.02)
 
 
 def forget(guest: Guest) -> None:
@@ -103,7 +113,10 @@ class OtherHost(daemon.Daemon):
 def test_a_guest_that_has_migrated_in_has_its_checkpoint_before_the_next_backup(
     tool: Tool, plain_guest: Callable[..., Guest], tmp_path: Path, rng: random.Random
 ) -> None:
-    guest, here = plain_guest(plain.Disk("vda")), tool.host
+    guest, here = plain_guest(plain.Disk("vda"), start=False), tool.host
+    large = guest.xml().replace('<memory unit="MiB">32', '<memory unit="MiB">1024')
+    here.connection.defineXML(large)
+    guest.start()
     made = tool.backup(guest)
     with OtherHost() as there:
         try:
@@ -111,7 +124,20 @@ def test_a_guest_that_has_migrated_in_has_its_checkpoint_before_the_next_backup(
             installed(tool)
             there.restart()
             flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PERSIST_DEST | libvirt.VIR_MIGRATE_UNSAFE
-            guest.domain.migrate3(there.connection, {libvirt.VIR_MIGRATE_PARAM_URI: "tcp:127.0.0.1"}, flags)
+            slowly = {libvirt.VIR_MIGRATE_PARAM_URI: "tcp:127.0.0.1", libvirt.VIR_MIGRATE_PARAM_BANDWIDTH: 1}
+            source = guest.pid
+            moving = threading.Thread(target=guest.domain.migrate3, args=(there.connection, slowly, flags))
+            moving.start()
+            try:
+                # The hook is called when the guest is only on its way: its memory is still to come.
+                until(lambda: noted(tool, guest) == ["started"], "the hook was not called")
+                os.kill(source, signal.SIGSTOP)
+                ended = tool.run("recover", "--noted")
+                assert (ended.code, noted(tool, guest)) == (11, ["started"]), ended
+                assert "busy with an incoming migration" in ended.document["results"][0]["left"][0]
+            finally:
+                os.kill(source, signal.SIGCONT)
+                moving.join(60)
             guest.host = there
             assert checkpoints(guest) == []
             assert recovered(tool) == {guest.name: [f"gave checkpoint {made['checkpoint']} of generation 1 back to libvirt"]}

@@ -58,7 +58,7 @@ def test_each_phase_in_its_order_and_what_its_scripts_are_told(
     assert list(told) == ["preflight", "pre-freeze", "post-thaw", "ready", "disk-done", "committed"]
     for one in told.values():
         assert (one["version"], one["verb"], one["backup"], one["generation"]) == (1, "backup", made["backup"], 1)
-        assert one["domain"] == {"name": guest.name, "uuid": guest.uuid}
+        assert one["domain"] == {"name": guest.name, "uuid": guest.uuid, "instance": None}
         assert one["repository"] == tool.repository
     assert [(d["target"], d["serial"], d["mode"]) for d in told["preflight"]["disks"]] == [
         ("vda", None, "full"),

@@ -35,8 +35,12 @@ class Tool:
 
     def __init__(self, host: daemon.Daemon, repository: str) -> None:
         self.host, self.repository = host, repository
-        self.hooks = f"{repository}.hooks.d"
         self.run("init")
+
+    @property
+    def hooks(self) -> str:
+        """Where its scripts are."""
+        return f"{self.repository}.hooks.d"
 
     def argv(self, command: str, *arguments: str) -> List[str]:
         scratch = ["--scratch-dir", self.host.scratch] if command in ("backup", "mark", "start") else []
