@@ -594,6 +594,34 @@ class Hook:
 
 
 @dataclass(frozen=True)
+class TimerInstalled:
+    """`timer` is the unit to be enabled; `next` are sentences: what is still to be done."""
+
+    timer: str
+    files: List[str]
+    next: List[str]
+
+
+@dataclass(frozen=True)
+class TimerRemoved:
+    """As TimerInstalled; `files` are those that are gone."""
+
+    timer: str
+    files: List[str]
+    next: List[str]
+
+
+@dataclass(frozen=True)
+class Timer:
+    """`state` is ok, warning or absent."""
+
+    timer: str
+    state: str
+    detail: str
+    files: List[str]
+
+
+@dataclass(frozen=True)
 class PastFailure:
     """After it nothing of its kind (backup, audit, prune, verify) went well."""
 

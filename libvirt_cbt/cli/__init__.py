@@ -38,6 +38,7 @@ COMMANDS: Final[Dict[str, str]] = {
     "recover": "put right what a crash left; safe to repeat",
     "untrack": "take our checkpoints off a domain",
     "run": "back up, thin out and verify by policy",
+    "systemd": "a timer and a service for run",
     "hooks": "what libvirt, oVirt and others call, and what calls them",
     "check": "for monitoring: are the backups as they should be",
     "metrics": "for Prometheus: how the backups fare",

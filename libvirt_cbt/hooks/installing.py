@@ -8,14 +8,13 @@ from __future__ import annotations
 import ast
 import os
 import pwd
-from contextlib import contextmanager
 from importlib import resources
-from typing import Dict, Final, Iterator, List, Optional, Tuple
+from typing import Dict, Final, List, Optional, Tuple
 
-from libvirt_cbt import durable, errors, spool
+from libvirt_cbt import errors, spool
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hooks import units
+from libvirt_cbt.hooks import placed, units
 
 DIRECTORIES: Final = {"libvirt": "/etc/libvirt/hooks/qemu.d", "vdsm": "/usr/libexec/vdsm/hooks"}
 FOLDERS: Final = {"libvirt": spool.NEW, "vdsm": spool.VDSM}
@@ -31,9 +30,7 @@ EVENTS: Final = (
     "after_disk_hotunplug",
 )
 USER: Final = "vdsm"
-OURS: Final = "Made by `libvirt-cbt hooks install`"
 UNSET: Final = 'SPOOL = ""'
-MOST_BYTES: Final = 65536
 
 
 def install(
@@ -59,14 +56,11 @@ def install(
     where = units.folder(unit_dir)
     for name, unit in units.texts(session, place).items() if where else ():
         wanted[os.path.join(str(where), name)] = (unit, 0o644)
-    for path in wanted:
-        if os.path.lexists(path) and not _ours(path):
-            raise errors.TargetExists(path=path)
-    with _writing(place):
+    placed.require_free(wanted)
+    with placed.writing(place):
         spool.make(place, FOLDERS[kind], owner)
     for path, (content, mode) in wanted.items():
-        with _writing(path):
-            _write(path, content.encode(), mode)
+        placed.write(path, content, mode)
     after = []
     if kind == "libvirt":
         after.append("restart libvirtd (or virtqemud) once, if it had no hook for QEMU when it was started; guests go on")
@@ -90,16 +84,16 @@ def remove(
     for path in _scripts(kind, _folder(kind, directory), repository.id):
         found = _spool_of(kind, path)
         places |= {os.path.dirname(found)} if found else set()
-        gone += _removed(path)
+        gone += placed.removed(path)
     left = False
     for place in places:
-        with _writing(place):
+        with placed.writing(place):
             left = spool.drop(place, FOLDERS[kind]) or left
     where, unit = units.folder(unit_dir), units.name(repository.id)
     files: List[str] = []
     if where and not left:
         for suffix in ("path", "service"):
-            files += _removed(os.path.join(where, f"{unit}.{suffix}"))
+            files += placed.removed(os.path.join(where, f"{unit}.{suffix}"))
     after = [f"run `systemctl disable --now {errors.argument(unit)}.path; systemctl daemon-reload`"] if files else []
     return results.HooksRemoved(kind, gone + files, after)
 
@@ -111,7 +105,7 @@ def status(session: Session, kind: str, *, directory: Optional[str] = None) -> r
         scripts = _scripts(kind, _folder(kind, directory), repository.id)
     except errors.NotFound as e:
         return results.Hook(kind, "absent", str(e), [])
-    there = [path for path in scripts if _ours(path)]
+    there = [path for path in scripts if placed.ours(path)]
     if not there:
         return results.Hook(kind, "absent", f"`libvirt-cbt hooks install {errors.argument(kind)}` installs them", [])
     wrong = [f"{path} is missing" for path in scripts if path not in there]
@@ -161,21 +155,9 @@ def _text(kind: str, place: str) -> str:
     return text.replace(UNSET, f"SPOOL = {place!r}")
 
 
-def _content(path: str) -> str:
-    """What is there; empty for what is no small file."""
-    try:
-        return durable.read(path, MOST_BYTES).decode()
-    except (OSError, ValueError):
-        return ""
-
-
-def _ours(path: str) -> bool:
-    return OURS in _content(path)
-
-
 def _spool_of(kind: str, path: str) -> Optional[str]:
     """Where an installed script notes; None for one that this release would not make."""
-    text = _content(path)
+    text = placed.content(path)
     for line in text.splitlines():
         if line.startswith("SPOOL = "):
             try:
@@ -184,33 +166,3 @@ def _spool_of(kind: str, path: str) -> Optional[str]:
                 return None
             return found if text == _text(kind, found) else None
     return None
-
-
-def _write(path: str, data: bytes, mode: int) -> None:
-    """In one step.  While it has another name it is not executable, for libvirt runs whatever is, called anything."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    new = f"{path}.new"
-    try:
-        os.unlink(new)
-    except FileNotFoundError:
-        pass
-    durable.write_new(new, data)
-    os.rename(new, path)
-    os.chmod(path, mode)
-    durable.sync_directory(os.path.dirname(path))
-
-
-def _removed(path: str) -> List[str]:
-    if not _ours(path):
-        return []
-    with _writing(path):
-        os.unlink(path)
-    return [path]
-
-
-@contextmanager
-def _writing(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise errors.OutputFailed(path=e.filename or path, reason=e.strerror or str(e)) from None

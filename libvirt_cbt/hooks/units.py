@@ -1,17 +1,20 @@
-"""The systemd units that work off what hooks have noted: a path unit, and the service that it starts.
+"""systemd's units: what they are called, where they go, and what is in them.
 
-https://www.freedesktop.org/software/systemd/man/systemd.path.html
+One pair, a path unit and its service, works off what hooks have noted; the other, a timer and its service, is for `run`.
+
+https://www.freedesktop.org/software/systemd/man/systemd.unit.html
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from importlib import resources
 from typing import Dict, Final, List, Optional, Sequence
 
-from libvirt_cbt import names
+from libvirt_cbt import errors, names
 from libvirt_cbt.actions.session import Session
 
 FOLDER: Final = "/etc/systemd/system"
@@ -34,23 +37,26 @@ def texts(session: Session, place: str) -> Dict[str, str]:
     """The content of each unit by its file's name; `place` is the spool of the session's repository."""
     repository = session.repository()
     uri = ["-c", names.without_password(session.uri)] if session.uri else []
-    command = [*_command(), *uri, "-r", repository.path, "-q", "recover", "--noted"]
+    command = [*program(), *uri, "-r", repository.path, "-q", "recover", "--noted"]
     values = {
-        "@REPOSITORY@": repository.path.replace("%", "%%"),
-        "@SPOOL@": place.replace("%", "%%"),
-        "@COMMAND@": _line(command),
-        "@ENVIRONMENT@": _line([f"LIBVIRT_CBT_SPOOL_DIR={os.path.dirname(place)}"]),
+        "@REPOSITORY@": plain(repository.path),
+        "@SPOOL@": plain(place),
+        "@COMMAND@": command_line(command),
+        "@ENVIRONMENT@": words([f"LIBVIRT_CBT_SPOOL_DIR={os.path.dirname(place)}"]),
     }
-    found = {}
-    for suffix in ("path", "service"):
-        text = (resources.files("libvirt_cbt.hooks") / "files" / f"noted.{suffix}").read_text(encoding="utf-8")
-        for key, value in values.items():
-            text = text.replace(key, value)
-        found[f"{name(repository.id)}.{suffix}"] = text
-    return found
+    return {f"{name(repository.id)}.{suffix}": filled(f"noted.{suffix}", values) for suffix in ("path", "service")}
 
 
-def _command() -> List[str]:
+def template(file: str) -> str:
+    return (resources.files("libvirt_cbt.hooks") / "files" / file).read_text(encoding="utf-8")
+
+
+def filled(file: str, values: Dict[str, str]) -> str:
+    """A template with each key replaced, in one pass: a value may look like a key."""
+    return re.sub("|".join(values), lambda found: values[found[0]], template(file))
+
+
+def program() -> List[str]:
     """How this tool is called, by absolute path."""
     called = os.path.abspath(sys.argv[0])
     if os.path.basename(called) == "libvirt-cbt" and os.access(called, os.X_OK):
@@ -59,7 +65,19 @@ def _command() -> List[str]:
     return [os.path.abspath(found)] if found else [sys.executable, "-c", "from libvirt_cbt import cli; cli.main()"]
 
 
-def _line(words: Sequence[str]) -> str:
-    """Words as systemd splits them again (systemd.syntax, "Quoting"; systemd.unit, "Specifiers")."""
-    escaped = (word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$") for word in words)
-    return " ".join(f'"{word}"' for word in escaped)
+def plain(text: str) -> str:
+    """As the rest of a line.  Errors: Usage for what would not stay on it."""
+    if not all(letter.isprintable() for letter in text):
+        raise errors.Usage(reason=f"'{names.printable(text)}' cannot be in a unit of systemd")
+    return text.replace("%", "%%")
+
+
+def words(texts: Sequence[str]) -> str:
+    """As systemd splits them again (systemd.syntax, "Quoting"; systemd.unit, "Specifiers").  Errors: as of plain."""
+    escaped = (plain(text).replace("\\", "\\\\").replace('"', '\\"') for text in texts)
+    return " ".join(f'"{text}"' for text in escaped)
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """A program and its arguments, in which a dollar is special, too (systemd.service, "Command lines").  Errors: as of plain."""
+    return " ".join([words(argv[:1]), words(argv[1:]).replace("$", "$$")])
