@@ -53,7 +53,7 @@ def _type(guest: PlainGuest) -> int:
     return int(guest.domain.jobStats().get("type", 0))
 
 
-def _until(happened: Callable[[], bool], what: str, seconds: float = 10) -> None:
+def _until(happened: Callable[[], bool], what: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, what
@@ -74,6 +74,7 @@ def pull(guest: PlainGuest) -> Iterator[str]:
     yield "a backup"
     assert _type(guest) != libvirt.VIR_DOMAIN_JOB_NONE, "their job was ended"
     guest.domain.abortJob()
+    _until(lambda: _type(guest) == libvirt.VIR_DOMAIN_JOB_NONE, "their job does not end")
 
 
 @contextmanager
