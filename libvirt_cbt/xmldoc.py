@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from lxml import etree
 
-from libvirt_cbt import errors
+from libvirt_cbt import errors, names
 
 MAX_BYTES: Final = 4 * 1024 * 1024
 
@@ -23,9 +23,13 @@ def parse(text: str, what: str) -> etree._Element:
     data = text.encode("utf-8", "surrogatepass")
     if len(data) > MAX_BYTES:
         raise errors.HypervisorError(reason=f"{what} is longer than {MAX_BYTES} bytes")
-    # A parser for each call: lxml parsers are not to be shared between threads.
+    # Before it is parsed: libxml2 2.9 expands parameter entities in a DOCTYPE whatever it is told, a bomb of them for ever.
+    if _doctype(text):
+        raise errors.HypervisorError(reason=f"{what} carries a DOCTYPE, which libvirt never writes")
+    # A parser for each call: lxml parsers are not to be shared between threads.  What was looked at is what it reads: an
+    # encoding that the document names does not count.
     parser = etree.XMLParser(
-        resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False, remove_blank_text=True
+        resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False, remove_blank_text=True, encoding="utf-8"
     )
     try:
         root = etree.fromstring(data, parser)
@@ -35,6 +39,30 @@ def parse(text: str, what: str) -> etree._Element:
     if document.doctype:
         raise errors.HypervisorError(reason=f"{what} carries a DOCTYPE, which libvirt never writes")
     return root
+
+
+def _doctype(text: str) -> bool:
+    """Whether there is one: after what may stand before it, and before the root element (XML 1.0, production 22)."""
+    at = 1 if text.startswith("\ufeff") else 0
+    while True:
+        while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+            at += 1
+        end = "?>" if text.startswith("<?", at) else "-->" if text.startswith("<!--", at) else ""
+        if not end:
+            return text.startswith("<!", at)
+        at = text.find(end, at + len(end) + 1)
+        if at < 0:
+            return False  # the parser says what is wrong
+        at += len(end)
+
+
+def require_path(path: str) -> None:
+    """Errors: Usage for a path that XML, and so libvirt, cannot carry: control characters, or what is no Unicode."""
+    try:
+        etree.Element("x").text = path
+    except ValueError:
+        reason = f"libvirt cannot be told of a path with such characters: {names.printable(path)}"
+        raise errors.Usage(reason=reason) from None
 
 
 def serialize(root: etree._Element) -> str:

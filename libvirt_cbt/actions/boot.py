@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Final, List, Optional, Tuple
 
-from libvirt_cbt import durable, errors, folders, names, places, points, processes
+from libvirt_cbt import durable, errors, folders, names, places, points, processes, xmldoc
 from libvirt_cbt.actions import defining as stored
 from libvirt_cbt.actions import reading, results
 from libvirt_cbt.actions.session import Session
@@ -95,6 +95,8 @@ def boot(
         run_dir=os.path.join(places.run_root(), PREFIX + identity),
         tool=processes.tag(),
     )
+    for path in (record.folder, record.run_dir):
+        xmldoc.require_path(path)
     try:
         with pins.reading(kept, generation.id, [disk.target for disk in disks], session.watch.stop):
             xml, warnings = _made(session, kept, generation, disks, record, start_network=start_network)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import List, Optional, Sequence, Tuple
 
-from libvirt_cbt import durable, errors
+from libvirt_cbt import durable, errors, xmldoc
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import defining, made
@@ -71,7 +71,8 @@ class Defining:
         return defining.document(self._xml, defining.Copy(self._name, self._uuid, images, nvram))
 
     def require_free(self, folder: str) -> None:
-        """Errors: TargetExists for the file of the UEFI variables."""
+        """Errors: TargetExists for the file of the UEFI variables; Usage for a folder that no domain can be told of."""
+        xmldoc.require_path(folder)
         if self._nvram is not None and os.path.lexists(os.path.join(folder, f"{self._name}_VARS.fd")):
             raise errors.TargetExists(path=os.path.join(folder, f"{self._name}_VARS.fd"))
 

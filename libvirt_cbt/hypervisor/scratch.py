@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Dict, Final, Iterator, List, Mapping, Optional, Tuple
 
-from libvirt_cbt import errors, folders, names, tools
+from libvirt_cbt import errors, folders, names, tools, xmldoc
 from libvirt_cbt import places as machine
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def scratch_root(asked: Optional[str]) -> str:
 
 
 def places(site: Site, backup: names.BackupId, targets: List[str], scratch_dir: Optional[str]) -> Places:
-    """Errors: ScratchDenied when the socket's path would be too long for the kernel."""
+    """Errors: ScratchDenied when the socket's path would be too long for the kernel; Usage."""
     run_dir = os.path.join(machine.run_root(), backup)
     socket_dir = os.path.join(site.socket_root(), backup)
     for folder in (run_dir, socket_dir):
@@ -65,6 +65,8 @@ def places(site: Site, backup: names.BackupId, targets: List[str], scratch_dir: 
                 directory=folder, reason="a socket's path has 107 bytes at most; set LIBVIRT_CBT_RUN_DIR to a shorter one"
             )
     directory = os.path.join(site.scratch_root(scratch_dir), names.checkpoint(backup))
+    for path in (socket_dir, directory):
+        xmldoc.require_path(path)
     scratch = {t: os.path.join(directory, f"{t}.qcow2") for t in targets}
     return Places(run_dir, os.path.join(socket_dir, SOCKET), directory, scratch)
 

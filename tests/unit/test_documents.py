@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lxml import etree
 
 from libvirt_cbt import errors, names, xmldoc
-from libvirt_cbt.hypervisor import documents
+from libvirt_cbt.hypervisor import defining, documents, scratch, site
 from libvirt_cbt.hypervisor.documents import JobDisk
 
 SCHEMAS = Path("/usr/share/libvirt/schemas")
@@ -113,6 +113,48 @@ def test_hostile_paths_come_back_as_they_were(paths: List[str]) -> None:
     assert list(job.disks) == [e.export for e in job.disks.values()] == [d.target for d in disks]
 
 
+@pytest.mark.fault(51)
+@FEW
+@given(paths=st.lists(HOSTILE, min_size=2, max_size=3))
+def test_hostile_paths_add_nothing_to_a_document(paths: List[str], checkpoints: etree.RelaxNG) -> None:
+    disks = [JobDisk(f"vd{n}", f"/scratch/{path}", tracked=True) for n, path in enumerate(paths)]
+    # Of paths libvirt's schema allows fewer characters than its parser takes (absFilePath in basictypes.rng).
+    plain = [JobDisk(d.target, "/scratch/x", tracked=True) for d in disks]
+    tree = etree.fromstring(documents.backup(f"/run/{paths[0]}", disks))
+    assert [e.tag for e in tree.iter()] == [e.tag for e in etree.fromstring(documents.backup("/run/x", plain)).iter()]
+    assert [sorted(e.attrib) for e in tree.iter()] == [
+        sorted(e.attrib) for e in etree.fromstring(documents.backup("/run/x", plain)).iter()
+    ]
+    valid(documents.checkpoint(NAME, paths[1], disks), checkpoints)
+
+
+@pytest.mark.fault(51)
+@FEW
+@given(HOSTILE, HOSTILE, HOSTILE)
+def test_hostile_names_make_no_other_domain(name: str, path: str, record: str) -> None:
+    """`restore --define` and `boot`: whatever the texts are, they come back, and nothing else is in the document."""
+    stored = (
+        "<domain type='qemu'><name>a</name><memory>1</memory><os><type>hvm</type></os><devices>"
+        "<disk type='file'><driver name='qemu' type='raw'/><source file='/a'/><target dev='vda'/></disk></devices></domain>"
+    )
+    image = defining.Image(f"/images/{path}", "qcow2", (f"/run/{path}", "vda"))
+    copy = defining.Copy(name, defining.new_uuid(), {"vda": image}, record=record)
+    text, _ = defining.document(stored, copy)
+    root = etree.fromstring(text)
+    assert root.findtext("name") == name and defining.record(text) == record
+    assert [s.get("file") for s in root.iterfind("devices/disk/source")] == [f"/images/{path}"]
+    assert [h.get("socket") for h in root.iterfind("devices/disk/backingStore/source/host")] == [f"/run/{path}"]
+    assert sorted(child.tag for child in root) == sorted(["name", "memory", "os", "devices", "uuid", "metadata"])
+    assert [child.tag for child in root.iterfind("devices/*")] == ["disk"]
+
+
+@pytest.mark.fault(51)
+@pytest.mark.parametrize("bad", ["/scratch/a\x07b", "/scratch/\udcff", "/scratch/\ufffe"])
+def test_a_path_that_no_document_can_carry_is_a_sentence(bad: str) -> None:
+    with pytest.raises(errors.Usage, match="such characters"):
+        scratch.places(site.Here(), names.new_backup_id(), ["vda"], bad)
+
+
 @FEW
 @given(HOSTILE)
 def test_hostile_descriptions_come_back_as_they_were(text: str) -> None:
@@ -166,6 +208,7 @@ def test_a_checkpoints_sizes() -> None:
     assert (found.parent, found.created, found.description) == (OLDER, 12, "")
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize(
     "doctype",
     [
@@ -186,6 +229,44 @@ def test_a_doctype_is_refused(tmp_path: Path, doctype: str) -> None:
         with pytest.raises(errors.HypervisorError) as caught:
             read(text)
         assert "treasure" not in caught.value.message
+
+
+def _bomb(entity: str) -> str:
+    """Ten to the twelfth, if anybody counted; `entity` begins a declaration."""
+    sign = "&#37;" if "%" in entity else "&"
+    doubled = "".join(f'<!ENTITY {entity}a{n + 1} "{f"{sign}a{n};" * 10}">' for n in range(12))
+    return f'<!DOCTYPE d [<!ENTITY {entity}a0 "<!-- -->">{doubled}'
+
+
+@pytest.mark.fault(52)
+@pytest.mark.parametrize(
+    "text",
+    [
+        _bomb("") + "]><d>&a12;</d>",
+        _bomb("") + "]><d x='&a12;'/>",
+        _bomb("% ") + "%a12;]><d/>",  # libxml2 2.9 worked on it for hours
+        f"<!DOCTYPE d [<!ENTITY a '{'x' * 100_000}'>]><d>{'&a;' * 30_000}</d>",
+        "\ufeff<?xml version='1.0'?>\r\n<!-- <a> --> <?pi ?><!-- - -->\t<!DOCTYPE d><d/>",
+        "<!DOCTYPE d [<!ATTLIST d y CDATA 'default'>]><d/>",
+        "<?xml version='1.0' encoding='utf-7'?>+ADw-!DOCTYPE d+AD4-<d/>",
+    ],
+    ids=range(7),
+)
+def test_a_bomb_is_not_even_parsed(text: str) -> None:
+    with pytest.raises(errors.HypervisorError, match=r"DOCTYPE|well-formed"):
+        xmldoc.parse(text, "it")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<?xml version='1.0' encoding='utf-16'?><a/>",
+        "<!-- <!DOCTYPE d> --><a/>",
+        "<?x <!DOCTYPE d> ?><a><!-- <!DOCTYPE d> --><![CDATA[<!DOCTYPE d>]]></a>",
+    ],
+)
+def test_what_only_looks_like_a_doctype_is_none(text: str) -> None:
+    assert xmldoc.parse(text, "it").tag == "a"
 
 
 @pytest.mark.parametrize("text", ["", "<a>", "<a/><b/>", "\0", "<a>&e;</a>", "<a x='1' x='2'/>", "\ud800<a/>"])
