@@ -404,6 +404,13 @@ class ImageUnreadable(HypervisorError):
     )
 
 
+class BitmapBelow(HypervisorError):
+    template = (
+        "checkpoint {checkpoint} cannot be removed while the guest is off: a backing file of disk '{target}' has its "
+        "bitmap, too; start the guest and run it again"
+    )
+
+
 class NbdError(HypervisorError):
     template = "NBD export '{export}': {reason}"
 

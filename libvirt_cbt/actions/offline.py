@@ -266,7 +266,7 @@ def _removed(machine: machines.Machine, target: str, path: str, name: str, deadl
 def erase(host: connection.Host, dom: domain.Domain, checkpoint: str) -> bool:
     """Removes a checkpoint of ours of a domain that is off: its bitmaps, then its metadata; False when there was none.
 
-    Errors: ImageInUse, ImageUnreadable, HypervisorError: what is left of it waits for another run.
+    Errors: ImageInUse, ImageUnreadable, BitmapBelow, HypervisorError: what is left of it waits for another run.
     """
     found = False
     machine = images_of(host)
@@ -275,6 +275,6 @@ def erase(host: connection.Host, dom: domain.Domain, checkpoint: str) -> bool:
             continue
         if any(checkpoint in below.bitmaps for below in _image(machine, disk).below()):
             # Others may use that file, too; a running QEMU knows what it does.
-            raise errors.ImageUnreadable(target=disk.target, reason=f"a backing file has bitmap {checkpoint}, too")
+            raise errors.BitmapBelow(target=disk.target, checkpoint=checkpoint)
         found = still.remove(machine, disk.target, disk.source, checkpoint) or found
     return bitmaps.drop(host, dom.uuid, checkpoint) or found

@@ -10,7 +10,8 @@ from libvirt_cbt.hypervisor import checkpoints, domain
 def untrack(session: Session, domain_name: str) -> results.Untrack:
     """Removes every checkpoint that this repository made; those of others stay.
 
-    Errors: NoSuchDomain, RepositoryBusy, ImageInUse for a guest that is off and whose image another program holds.
+    Errors: NoSuchDomain, RepositoryBusy; of a guest that is off ImageInUse when another program holds an image, and
+    BitmapBelow after an external snapshot.
     """
     host = session.host
     uuid = host.find(domain_name)

@@ -55,7 +55,8 @@ def _publish(kept: store.DomainStore, generation: int, rows: extents.Extents, ca
     domain = manifest.DomainName(uuid=kept.uuid, name="synthetic")
     intent = manifest.Intent(
         id=identity, repository=kept.repository.id, domain=domain, host="h", tool_host="h", boot_id="b", uri="u",
-        checkpoint=names.checkpoint(identity), run_dir="/r", socket="/r/s", scratch_dir="/s", scratch={},
+        checkpoint=names.checkpoint(identity), scratch={},
+        run_dir=f"/r/{identity}", socket=f"/r/{identity}/nbd.sock", scratch_dir=f"/s/{names.checkpoint(identity)}",
         phase="planned", pid=1, started=TIME,
     )  # fmt: skip
     with staging.begun(kept, intent) as stage:

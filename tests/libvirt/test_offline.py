@@ -458,6 +458,9 @@ def test_after_an_external_snapshot_the_bitmap_is_in_two_images(
     same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
     # The older checkpoint waits: the backing file may be others', too, and a running QEMU knows.
     assert len(guest.domain.listAllCheckpoints()) == 2
+    refused = tool.run("untrack", guest.name)
+    assert (refused.code, refused.document["error"]["kind"]) == (20, "BitmapBelow")
+    assert "start the guest" in refused.stderr and "--exclude" not in refused.stderr
     guest.start()
     guest.random_writes(rng, "vda", 3)
     assert modes(tool.backup(guest)) == ["incremental"] * 2

@@ -85,7 +85,8 @@ class Calls:
 
 
 def _ended(code: int, out: str, err: str) -> Ended:
-    require("Traceback" not in err and code != 70, "a traceback", err)
+    # Ctrl-C while Python still starts is Python's.
+    require(("Traceback" not in err and code != 70) or code == -signal.SIGINT, "a traceback", err)
     document: Dict[str, Any] = {}
     if out.strip() and code >= 0:
         document = json.loads(out)

@@ -17,7 +17,7 @@ import libvirt
 
 from libvirt_cbt import errors
 from tests.guests import plain
-from tests.soak import guest_rules, hurt_rules, tool_rules  # noqa: F401 -- they fill the table
+from tests.soak import damage_rules, guest_rules, hurt_rules, tool_rules  # noqa: F401 -- they fill the table
 from tests.soak.model import Complaint
 from tests.soak.rules import RULES
 from tests.soak.world import World
