@@ -43,12 +43,19 @@ COMMANDS: Final[Dict[str, str]] = {
     "check": "for monitoring: are the backups as they should be",
     "metrics": "for Prometheus: how the backups fare",
     "config": "what the configuration says, and for which domain",
+    "completion": "what teaches bash, zsh or fish to complete",
 }
 COLLECT_AFTER: Final = 50_000  # objects: some MB at most, if all of them were garbage
 
 # numpy's BLAS, which nothing here uses, starts a thread for each processor (30 ms, and memory for each); pydantic reads
 # the metadata of every package that is installed to find plugins (25 ms).  docs/performance.md
 CHEAP_IMPORTS: Final = {"OPENBLAS_NUM_THREADS": "1", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
+
+
+def _completing() -> Any:
+    from libvirt_cbt.cli import completing  # a shell that asks for words is a rare caller
+
+    return completing
 
 
 class _Lazy(click.Group):
@@ -61,7 +68,20 @@ class _Lazy(click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"libvirt_cbt.cli.{name}").command
+        if ctx.resilient_parsing:
+            _completing().offer(command)
         return command
+
+    def make_context(self, *args: Any, resilient_parsing: bool = False, **more: Any) -> click.Context:
+        if resilient_parsing:
+            _completing().offer(self)
+        return super().make_context(*args, resilient_parsing=resilient_parsing, **more)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> List[Any]:
+        """Nothing is imported for the names of commands."""
+        items = _completing().CompletionItem
+        named = [items(name, help=does) for name, does in COMMANDS.items() if name.startswith(incomplete)]
+        return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
