@@ -104,6 +104,8 @@ def _decided(kept: store.DomainStore, rules: retention.Rules, remove: Collection
 def _newest(kept: store.DomainStore) -> Dict[str, str]:
     """The newest backup of each disk that the newest generation knows, where that is not the newest of all."""
     generations = kept.generations()
+    if not generations:
+        return {}
     last = generations[-1]
     with_data = [m for m in generations if m.kind != "mark"]
     found: Dict[str, str] = {}
