@@ -73,15 +73,20 @@ def served(argv: Sequence[str], path: str) -> Iterator[subprocess.Popen[bytes]]:
             assert process.poll() is None, f"{argv} ended"
             assert time.monotonic() < deadline
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1)
                 probe.connect(path)
-                break
+                if probe.recv(8) == b"NBDMAGIC":  # it may listen before its image is open
+                    break
             time.sleep(0.005)
         yield process
     finally:
-        if process.poll() is None:
+        deadline = time.monotonic() + 30
+        while process.poll() is None:
+            assert time.monotonic() < deadline, f"{argv} does not end"
             process.send_signal(signal.SIGCONT)
-            process.terminate()
-        process.wait(20)
+            process.terminate()  # again and again: qemu-nbd ignores one that comes before its main loop
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
 
 
 @contextlib.contextmanager

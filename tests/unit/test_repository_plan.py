@@ -101,7 +101,7 @@ def hostile() -> Iterator[bytes]:
     yield good.replace(b"|u1", b"|O1", 1)
 
 
-@pytest.mark.parametrize("data", list(hostile()))
+@pytest.mark.parametrize("data", list(hostile()), ids=lambda data: f"{len(data)}-bytes")
 def test_reader_refuses_hostile_headers_even_with_their_digest(tmp_path: Any, data: bytes) -> None:
     path = tmp_path / "a.npy"
     path.write_bytes(data)
