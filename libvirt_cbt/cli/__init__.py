@@ -44,6 +44,7 @@ COMMANDS: Final[Dict[str, str]] = {
     "metrics": "for Prometheus: how the backups fare",
     "config": "what the configuration says, and for which domain",
     "completion": "what teaches bash, zsh or fish to complete",
+    "manual": "the man pages",
 }
 COLLECT_AFTER: Final = 50_000  # objects: some MB at most, if all of them were garbage
 

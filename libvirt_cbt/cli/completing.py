@@ -98,6 +98,12 @@ def _moments(ctx: click.Context) -> Words:
     return _generations(ctx, marks=True)
 
 
+def _pages(_: click.Context) -> Words:
+    from libvirt_cbt.cli import manual_pages
+
+    return [CompletionItem(name) for name in manual_pages.names()]
+
+
 PATHS: Final = {"D": "dir", "DIR": "dir", "REPO": "dir", "FILE": "file", "PATH": "file"}  # by metavar
 NAMES: Final[Dict[str, Callable[[click.Context], Words]]] = {
     "domain": _domains,
@@ -109,6 +115,7 @@ NAMES: Final[Dict[str, Callable[[click.Context], Words]]] = {
     "remove": _points,
     "since": _moments,
     "until": _moments,
+    "page": _pages,
 }
 
 

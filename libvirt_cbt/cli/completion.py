@@ -20,6 +20,8 @@ def command(ctx: click.Context, shell: str) -> None:
     """Print what teaches a shell to complete commands, options, domains, disks and generations by TAB."""
     from click import shell_completion
 
+    if ctx.obj.json:
+        raise click.UsageError("a shell does not read JSON; leave --json out")
     kind = shell_completion.get_completion_class(shell)
     assert kind
     click.echo(kind(ctx.find_root().command, {}, "libvirt-cbt", "_LIBVIRT_CBT_COMPLETE").source())
