@@ -285,6 +285,15 @@ class ScratchDenied(CbtError):
     template = "cannot make scratch files in {directory}: {reason}; name another place with --scratch-dir"
 
 
+class QemuOfAnother(ScratchDenied):
+    """A member of the group libvirt, say, with a guest of qemu:///system: only root can make files for its QEMU."""
+
+    template = (
+        "the guest's QEMU runs as user {qemu}, and cannot open what user {user} makes for it; run this as root, "
+        "or with a libvirt of your own (-c qemu:///session)"
+    )
+
+
 # 15: the repository's own trouble
 
 

@@ -51,6 +51,8 @@ def doctor(session: Session, domain_name: Optional[str] = None, *, scratch_dir: 
             check("images", lambda: _images(session, dom))
         else:
             check("agent", lambda: _agent(dom))
+            if where.here:
+                check("user", lambda: _user(dom))
         check("jobs", lambda: _jobs(session, dom))
         check("checkpoints", lambda: _checkpoints(session, dom))
         check("scratch room", lambda: _room(where, dom, scratch_dir))
@@ -120,6 +122,11 @@ def _state(dom: domain.Domain) -> Finding:
     return (OK if dom.running else FAILED), f"the guest is {dom.state_name}" + (
         "" if dom.running else "; wait until it runs or is off"
     )
+
+
+def _user(dom: domain.Domain) -> Finding:
+    scratch.require_user(dom.qemu_ids)
+    return OK, f"user {dom.qemu_ids[0]} runs QEMU" if dom.qemu_ids else "we and QEMU are one"
 
 
 def _images(session: Session, dom: domain.Domain) -> Finding:

@@ -97,7 +97,8 @@ def made(
 
 
 def make(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, int]]) -> int:
-    """On this machine; bytes that are free then.  Errors: ScratchDenied, ScratchSpace."""
+    """On this machine; bytes that are free then.  Errors: ScratchDenied, QemuOfAnother, ScratchSpace."""
+    require_user(qemu_ids)
     directory = os.path.dirname(where.directory)
     try:
         _make_folder(where.run_dir, 0o730, qemu_ids)
@@ -115,6 +116,12 @@ def make(where: Places, sizes: Mapping[str, int], qemu_ids: Optional[Tuple[int, 
     except OSError as e:
         raise errors.ScratchDenied(directory=directory, reason=e.strerror or str(e)) from None
     return room(where.directory)
+
+
+def require_user(qemu_ids: Optional[Tuple[int, int]]) -> None:
+    """Errors: QemuOfAnother where we are not root and QEMU is somebody else."""
+    if qemu_ids and os.geteuid() not in (0, qemu_ids[0]):
+        raise errors.QemuOfAnother(qemu=qemu_ids[0], user=os.geteuid())
 
 
 def make_run_dir(path: str) -> None:

@@ -104,3 +104,24 @@ def test_root_with_two_capabilities(
         assert tool.run(*words).code == 0, words
     same(tool.restored(guest, "latest", str(tmp_path)), models(guest))
     tool.nothing_left(guest)
+
+
+@AS_ROOT
+def test_a_user_whose_files_qemu_cannot_open_is_told_so(
+    libvirtd: daemon.Daemon, plain_guest: Callable[..., PlainGuest], user: List[str], tmp_path: Path
+) -> None:
+    """Whoever is in the group libvirt reaches the system's daemon, whose QEMU is another user than both."""
+    guest = plain_guest(Disk("vda", MIB))
+    home = user[-2][len("HOME=") :]
+    environment = {**libvirtd.environment(), "LIBVIRT_CBT_RUN_DIR": f"{home}/run"}
+    argv = [*user, *(f"{k}={v}" for k, v in environment.items()), sys.executable, "-c", "from libvirt_cbt import cli; cli.main()"]
+    argv += ["-r", f"{home}/repository", "--json"]
+    os.chmod(libvirtd.socket, 0o777)
+    try:
+        for words, code in ((["init"], 0), (["doctor", guest.name], 0), (["backup", guest.name], 14)):
+            done = subprocess.run([*argv, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+            assert done.returncode == code, done.stderr
+            assert words[0] == "init" or "qemu:///session" in done.stdout
+    finally:
+        os.chmod(libvirtd.socket, 0o700)
+    assert guest.domain.listAllCheckpoints() == [] and not {"run", ".cache"} & {*os.listdir(home)}
