@@ -19,6 +19,10 @@ FILE_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o700
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+# Missing, something else in its place, or what the medium or the file system no longer gives back.
+_LOST: Final = (
+    errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EIO, errno.EBADMSG, errno.EUCLEAN,
+)  # fmt: skip
 
 
 @contextmanager
@@ -37,12 +41,12 @@ def explained(repository: str, path: str) -> Iterator[None]:
 
 @contextmanager
 def readable(repository: str, path: str) -> Iterator[None]:
-    """A published file that is missing, or no file, is damage, not a failed call."""
+    """A published file that is missing, no file, or not given back by its medium is damage, not a failed call."""
     with explained(repository, path):
         try:
             yield
         except OSError as e:
-            if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
+            if e.errno not in _LOST:
                 raise
             raise errors.Damaged(path=path, reason=e.strerror) from None
 

@@ -137,6 +137,8 @@ class _Look:
             unread = found.unread_seconds
             figure = results.Threshold(f"{name} unread", unread, "s", limits["warning_verified"], limits["critical_verified"])
             self._measured(figure, name, f"a backup of it was not re-read for {hours(unread)}")
+        for sentence in found.unreadable:
+            self.problem("critical", name, sentence)
         if found.damage:
             self.problem("critical", name, f"{found.damage} stretches of its backups are damaged; `libvirt-cbt verify` names them")
         for failure in found.failing:

@@ -189,6 +189,8 @@ def _chain(session: Session, dom: domain.Domain) -> Finding:
     except errors.NoRepository:
         return WARNING, "no backup yet"
     generations = kept.generations()
+    if kept.unread():
+        raise kept.unread()[0].error
     if not generations:
         return WARNING, "no backup yet"
     depth = 0

@@ -12,8 +12,10 @@ from libvirt_cbt.repository import checked, manifest, outcomes, runs, store
 
 
 def domain(kept: store.DomainStore, now: datetime) -> results.DomainHealth:
-    """Of a domain that may never have been backed up.  Errors: Damaged; RepositoryDenied."""
+    """Of a domain that may never have been backed up.  Errors: Damaged when none of it can be read; RepositoryDenied."""
     generations = kept.generations()
+    if kept.unread() and not generations:
+        raise kept.unread()[0].error
     held = [m for m in generations if m.kind != "mark"]
     newest = held[-1] if held else None
     states = _states(kept)
@@ -32,6 +34,7 @@ def domain(kept: store.DomainStore, now: datetime) -> results.DomainHealth:
         unread_seconds=max((_age(state.since, now) or 0.0 for state in states), default=None),
         damage=sum(state.damage for state in states),
         failing=_failing(kept),
+        unreadable=[str(one.error) for one in kept.unread()],
     )
 
 

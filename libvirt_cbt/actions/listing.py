@@ -12,7 +12,7 @@ from libvirt_cbt.repository import manifest, store
 
 def generations(session: Session, domain_name: Optional[str] = None) -> List[results.Listing]:
     """Every generation of one domain, or of all; libvirt is not asked.  Errors: NoRepository, NotInRepository, Damaged."""
-    kept = [session.stored(domain_name)] if domain_name else session.repository().domains()
+    kept = [session.stored(domain_name)] if domain_name else [session.stored(d.uuid) for d in session.repository().domains()]
     return [_listing(one, one.generations()) for one in kept]
 
 
@@ -23,7 +23,12 @@ def show(session: Session, domain_name: str, *, at: str = "latest") -> results.L
 
 
 def _listing(kept: store.DomainStore, chosen: List[manifest.Manifest]) -> results.Listing:
-    return results.Listing(domain=kept.name, uuid=kept.uuid, generations=[_generation(kept, m) for m in chosen])
+    return results.Listing(
+        domain=kept.name,
+        uuid=kept.uuid,
+        generations=[_generation(kept, m) for m in chosen],
+        unreadable=[results.Unreadable(one.id, one.path, one.reason) for one in kept.unread()],
+    )
 
 
 def _generation(kept: store.DomainStore, made: manifest.Manifest) -> results.Generation:

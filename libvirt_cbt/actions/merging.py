@@ -46,10 +46,10 @@ class Disk:
     def children(self, backup: str) -> List[str]:
         """Whose layer lies right on this backup's: a backup, or one that is no backup any more and on its way out."""
         found = []
-        for one in self.kept.generations():
-            entry = self.kept.layers(one.id).entry(self.target)
+        for one in self.kept.members():
+            entry = self.kept.layers(one).entry(self.target)
             if entry and entry.parent == backup:
-                found.append(one.id)
+                found.append(one)
         return found
 
     def on_its_way(self, backup: str) -> bool:

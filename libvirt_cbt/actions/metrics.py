@@ -26,7 +26,7 @@ GAUGES: Final[Dict[str, Tuple[str, Tuple[str, ...]]]] = {
     "marks": ("Generations without data", DOMAIN),
     "unread_seconds": ("How long some stored backup was not re-read at most", DOMAIN),
     "damaged": ("Stretches of stored backups that were found damaged when they were re-read last", DOMAIN),
-    "unreadable": ("1 if what the repository holds of the domain cannot be read", DOMAIN),
+    "unreadable": ("1 if some of what the repository holds of the domain cannot be read", DOMAIN),
     "failing": ("1 if after the last failure nothing of its kind went well", (*DOMAIN, "work")),
     "last_failure_timestamp_seconds": ("When that failure was", (*DOMAIN, "work")),
     "last_failure_code": ("Its exit code", (*DOMAIN, "work")),
@@ -78,7 +78,7 @@ def _domain(gauges: Dict[str, Any], found: results.DomainHealth) -> None:
         "marks": found.marks,
         "unread_seconds": found.unread_seconds,
         "damaged": found.damage,
-        "unreadable": 0,
+        "unreadable": int(bool(found.unreadable)),
     }
     for name, value in values.items():
         if value is not None:

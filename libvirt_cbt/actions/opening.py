@@ -19,7 +19,8 @@ def prepared(session: Session, kept: store.DomainStore, domain_name: str, wait: 
     recover.reconcile(session, kept)
     job.wait_idle(session.host, kept.uuid, domain_name, wait, session.watch.stop)
     events.heard(session, kept)
-    return tracking.regain(session, kept)
+    damaged = [f"{one.error}; a new generation counts from the newest that can be read" for one in kept.unread()]
+    return damaged + tracking.regain(session, kept)
 
 
 def planned(session: Session, kept: store.DomainStore, request: Request) -> Plan:

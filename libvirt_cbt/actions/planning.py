@@ -138,7 +138,7 @@ def _disk(
     if mark:
         return tracked
     parent = kept.newest_backup(newest, disk.target)
-    why_full = ASKED if full else _chain_unfit(kept, parent, disk.target, max_chain)
+    why_full = ASKED if full else _chain_unfit(kept, parent, newest, disk.target, max_chain)
     if why_full or parent is None:
         return replace(tracked, copy=ALL, reason=why_full, estimate=disk.capacity)
     return replace(tracked, copy=DIRTY, parent=names.BackupId(parent.id), since=parent.generation)
@@ -240,10 +240,15 @@ def _path(path: str) -> str:
 
 
 def _chain_unfit(
-    kept: store.DomainStore, parent: Optional[manifest.Manifest], target: str, max_chain: int
+    kept: store.DomainStore, parent: Optional[manifest.Manifest], newest: manifest.Manifest, target: str, max_chain: int
 ) -> Optional[str]:
     if parent is None:
         return "no earlier backup of this disk holds data"
+    try:
+        # What marks since the backup below have recorded is copied, too.
+        kept.require_unbroken(target, parent.generation, newest.generation, newest.require(target).lineage)
+    except errors.LineageBroken as e:
+        return f"generation {e.facts['generation']} {e.facts['reason']}"
     try:
         chain = kept.chain(names.BackupId(parent.id), target)
     except errors.Damaged as e:

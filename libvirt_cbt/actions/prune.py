@@ -41,7 +41,8 @@ def prune(
     disk and the protected ones.  A removed backup is a mark from then on; `forget` drops all generations before the
     oldest backup that is left, but for the newest two of all.  `keep_within` is a duration such as 1y5m7d2h.
 
-    What could not be removed is in `skipped`, if anything else could be done.
+    What could not be removed is in `skipped`, if anything else could be done.  A backup whose manifest is damaged stays,
+    and its layers as they are; while there is one nothing is forgotten.
     Errors: Usage without anything to do; NotInRepository, NoSuchBackup; RepositoryBusy; ChainPinned, NoRoomToMerge,
     Damaged when nothing could be done; RepositoryError and kin.
     """
@@ -51,12 +52,15 @@ def prune(
         raise errors.Usage(reason="prune needs a rule such as --keep-daily 7, or --remove ID, or --forget")
     begun = time.monotonic()
     kept = session.stored(domain_name)
+    _require_known(kept)
     if dry_run:
         decision = _decided(kept, rules, remove)
         merged = _foreseen(kept, {c.id for c in decision.removed})
-        gone = [m.id for m in _forgettable(kept, {c.id for c in decision.removed})] if forget else []
+        forgettable = _forgettable(kept, {c.id for c in decision.removed}) if forget and not kept.unread() else []
+        gone = [m.id for m in forgettable]
         return _result(kept, decision, merged, gone, [], 0, begun, dry_run=True)
     with outcomes.noted(kept, "prune"), kept.lock():
+        _require_known(kept)
         decision = _decided(kept, rules, remove)
         before = _occupied(kept)
         work = _Work(session, kept, options or Options())
@@ -67,7 +71,7 @@ def prune(
         _intend(kept, [c.id for c in decision.removed])
         work.take_away({c.id for c in decision.removed})
         gone = _forget(kept, work) if forget else []
-        if all(isinstance(f.error, BEFOREHAND) for f in work.failures):
+        if all(isinstance(f.error, BEFOREHAND) or not f.target for f in work.failures):
             merging.end(kept)
         freed = before - _occupied(kept)
         kept.reserve()
@@ -81,6 +85,15 @@ def now() -> datetime:
 
 
 # What goes
+
+
+def _require_known(kept: store.DomainStore) -> None:
+    """What lies on what must be known of all there is.  Errors: Damaged."""
+    for one in kept.unread():
+        if one.id is None:
+            raise one.error
+    for backup in kept.members():
+        kept.layers(backup)
 
 
 def _decided(kept: store.DomainStore, rules: retention.Rules, remove: Collection[str]) -> retention.Decision:
@@ -268,7 +281,11 @@ def _forgettable(kept: store.DomainStore, removed: Set[str]) -> List[manifest.Ma
 
 
 def _forget(kept: store.DomainStore, work: _Work) -> List[str]:
-    gone = []
+    gone: List[str] = []
+    for lost in kept.unread():
+        # Where it belongs is known by the numbers that are missing among the others.
+        work.failures.append(_Failure(lost.id or "", "", lost.error))
+        return gone
     for generation in _forgettable(kept, set()):
         if kept.layers(generation.id).below:
             break
@@ -295,9 +312,9 @@ def _foreseen(kept: store.DomainStore, removed: Set[str]) -> List[results.Merged
             at, upper = generation.id, None
             while upper is None:
                 above = [
-                    m.id
-                    for m in kept.generations()
-                    if (above_it := kept.layers(m.id).entry(target)) and above_it.parent == at
+                    one
+                    for one in kept.members()
+                    if (above_it := kept.layers(one).entry(target)) and above_it.parent == at
                 ]
                 if not above:
                     break

@@ -9,8 +9,9 @@ from libvirt_cbt.repository import manifest, store
 
 
 def with_data(kept: store.DomainStore, point: points.Point) -> manifest.Manifest:
-    """The generation at a point; `latest` is the newest that holds data.  Errors: NoSuchBackup, also for a mark."""
+    """The generation at a point; `latest` is the newest that holds data.  Errors: NoSuchBackup, also for a mark; Damaged."""
     if isinstance(point, points.Latest):
+        kept.require_newest()
         for candidate in reversed(kept.generations()):
             if candidate.kind != "mark":
                 return candidate

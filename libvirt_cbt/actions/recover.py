@@ -164,6 +164,8 @@ def retire(session: Session, kept: store.DomainStore) -> List[str]:
     if not generations:
         return []
     published = {m.checkpoint for m in generations[:-1]}
+    if not kept.unplaced():
+        published |= {names.CHECKPOINT_PREFIX + one.id for one in kept.unread() if one.id}
     try:
         found = checkpoints.listed(host, kept.uuid, sizes=False)
         gone = [n for n in checkpoints.ours(found, kept.repository.id) if n in published]

@@ -33,6 +33,8 @@ def report(session: Session, domain_name: Optional[str] = None) -> results.Repor
         try:
             if kept.generations():
                 domains.append(_domain(session, kept, now))
+            elif kept.unread():
+                raise kept.unread()[0].error
         except errors.Damaged as e:
             if domain_name:
                 raise
@@ -49,7 +51,7 @@ def report(session: Session, domain_name: Optional[str] = None) -> results.Repor
 
 
 def _domain(session: Session, kept: store.DomainStore, now: datetime) -> results.ReportDomain:
-    attention: List[str] = []
+    attention = [str(one.error) for one in kept.unread()]
     rows = [_generation(kept, made, attention) for made in kept.generations()]
     with_data = [row for row in rows if row.data]
     taken = [when for when in (_when(row.time) for row in with_data) if when]

@@ -111,10 +111,20 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """A generation whose manifest is damaged: which one it is its directory's name alone tells."""
+
+    id: Optional[str]
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Listing:
     domain: str
     uuid: str
     generations: List[Generation]
+    unreadable: List[Unreadable] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,7 @@ class Status:
     disks: List[StatusDisk]
     open_point: Optional[OpenPoint] = None
     doubt: Optional[str] = None  # a sentence, after a crash or a revert
+    unreadable: List[str] = field(default_factory=list)  # sentences about damaged manifests
 
 
 @dataclass(frozen=True)
@@ -634,7 +645,9 @@ class PastFailure:
 
 @dataclass(frozen=True)
 class DomainHealth:
-    """The newest backup that holds data; `unread_seconds` is how long some stored backup was not re-read at most."""
+    """The newest backup that holds data; `unread_seconds` is how long some stored backup was not re-read at most, and
+    `unreadable` are sentences about damaged manifests.
+    """
 
     domain: str
     uuid: str
@@ -650,6 +663,7 @@ class DomainHealth:
     unread_seconds: Optional[float]
     damage: int
     failing: List[PastFailure]
+    unreadable: List[str]
 
 
 @dataclass(frozen=True)

@@ -104,13 +104,22 @@ class Session:
             uuid = self.host.find(domain)
         except errors.NoSuchDomain:
             return self.stored(domain)
-        return repository.domain(uuid) if repository.has(uuid) else self.stored(domain)
+        return self._told(repository.domain(uuid)) if repository.has(uuid) else self.stored(domain)
 
     def stored(self, domain: str) -> store.DomainStore:
         """What the repository holds of a domain, given by name, UUID, or libvirt's id; libvirt is asked last.
 
-        OpenStack's name of an instance is looked for when nothing else is called so.
+        OpenStack's name of an instance is looked for when nothing else is called so.  The watch is told of what cannot
+        be read of it.
         """
+        return self._told(self._stored(domain))
+
+    def _told(self, kept: store.DomainStore) -> store.DomainStore:
+        for lost in kept.unread():
+            self.watch.failed(str(lost.error))
+        return kept
+
+    def _stored(self, domain: str) -> store.DomainStore:
         repository = self.repository()
         try:
             return repository.find(domain)

@@ -42,6 +42,7 @@ def _status(session: Session, kept: store.DomainStore) -> results.Status:
         disks=[_disk(kept, disk, newest, found, asleep, running=dom.running) for disk in dom.disks],
         open_point=_open_point(session, kept),
         doubt=events.doubtful(kept),
+        unreadable=[str(one.error) for one in kept.unread()],
     )
 
 

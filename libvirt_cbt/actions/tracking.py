@@ -139,7 +139,7 @@ def unknown(kept: store.DomainStore, found: Dict[str, documents.CheckpointInfo])
     """
     # In this order: a run that publishes meanwhile is in one or the other.
     known: Set[Optional[str]] = {names.CHECKPOINT_PREFIX + leftover.id for leftover in kept.leftovers()}
-    known |= {m.checkpoint for m in kept.generations()}
+    known |= {names.CHECKPOINT_PREFIX + backup for backup in kept.members()}
     return sorted(name for name in checkpoints.ours(found, kept.repository.id) if name not in known)
 
 

@@ -13,7 +13,7 @@ from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import check, server
 from libvirt_cbt.nbdio.lanes import Options
-from libvirt_cbt.repository import checked, manifest, npy, outcomes, pins, plan, store, verified
+from libvirt_cbt.repository import checked, manifest, npy, outcomes, pins, plan, published, store, verified
 
 
 def verify(
@@ -27,8 +27,8 @@ def verify(
     """Checks every backup of a domain, or with `at` one and what it depends on; damage is in the result.
 
     With `sample` the newest and so many others, at which nobody has looked for longest: each by itself, so that in time
-    all are read.  Errors: NotInRepository, NoSuchBackup, LayerInUse, NbdError; Damaged when a manifest itself cannot be
-    read.
+    all are read.  Errors: NotInRepository, NoSuchBackup, LayerInUse, NbdError; Damaged when the manifest of `at` itself cannot
+    be read.
     """
     begun = time.monotonic()
     kept = session.stored(domain_name)
@@ -36,7 +36,7 @@ def verify(
         wanted = _needed(kept, kept.resolve(points.at(at))) if at else None
         if sample is not None:
             wanted = set(checked.longest_unread(kept, sample))
-        total, read, seen = _read(session, kept, wanted, options or Options())
+        total, read, seen = _read(session, kept, wanted, options or Options(), sampled=sample is not None)
     damage = Counter(one.backup for one in seen.damage)
     notes = [checked.record(kept, {backup: damage[backup] for backup in read})]
     if wanted is None:
@@ -47,7 +47,7 @@ def verify(
 
 
 def _read(
-    session: Session, kept: store.DomainStore, wanted: Optional[Set[str]], options: Options
+    session: Session, kept: store.DomainStore, wanted: Optional[Set[str]], options: Options, *, sampled: bool
 ) -> Tuple[int, List[str], _Findings]:
     """Bytes that were read, of which generations, and what was found."""
     seen = _Findings(kept)
@@ -61,13 +61,33 @@ def _read(
             with pins.one(kept, generation.id, session.watch.stop):
                 seen.files(generation)
                 for target, entry in seen.layers(generation):
-                    total += _layer(session, generation, target, entry, seen, options)
+                    stored = generation.require(target).data_bytes
+                    total += _layer(session, generation.id, target, entry, stored, seen, options)
         except errors.Damaged:
             if os.path.lexists(kept.directory(generation.id)):
                 raise
             continue  # a prune forgot it meanwhile
         read.append(generation.id)
+    for lost in kept.unread():
+        if wanted is None or sampled or lost.id in wanted:
+            total += _lost(session, lost, seen, options)
     return total, read, seen
+
+
+def _lost(session: Session, lost: published.Unread, seen: _Findings, options: Options) -> int:
+    """A generation without its manifest: its layers are what others lie on.  No prune changes them meanwhile."""
+    backup = lost.id or os.path.basename(lost.path)
+    seen.add(backup, None, f"{os.path.basename(lost.path)}: {lost.reason}")
+    total = 0
+    try:
+        layers = seen.kept.layers(backup) if lost.id else None
+    except errors.Damaged as e:
+        seen.add(backup, None, str(e))
+        return total
+    entries = sorted({**layers.disks, **layers.below}.items()) if layers else []
+    for target, entry in entries:
+        total += _layer(session, backup, target, entry, 0, seen, options)
+    return total
 
 
 def _needed(kept: store.DomainStore, generation: manifest.Manifest) -> Set[str]:
@@ -82,23 +102,26 @@ class _Findings:
     """Damage so far, each with the backups that need the damaged file."""
 
     def __init__(self, kept: store.DomainStore) -> None:
-        self._kept = kept
+        self.kept = kept
         self.damage: List[results.Damage] = []
         self._parents: Dict[str, Set[str]] = {}
-        for generation in kept.generations():
+        made = {m.id: {d.parent for d in m.disks if d.parent} for m in kept.generations()}
+        for backup in kept.members():
             try:
-                layers = kept.layers(generation.id)
+                layers = kept.layers(backup)
                 entries = [*layers.disks.values(), *layers.below.values()]
-                self._parents[generation.id] = {e.parent for e in entries if e.parent}
+                self._parents[backup] = {e.parent for e in entries if e.parent}
             except errors.Damaged:
-                self._parents[generation.id] = {d.parent for d in generation.disks if d.parent}
+                self._parents[backup] = made.get(backup, set())
 
     def dependents(self, backup: str) -> List[str]:
-        found: List[str] = []
-        for generation in self._kept.generations():
-            if self._parents[generation.id] & {backup, *found}:
-                found.append(generation.id)
-        return found
+        """Whose chains go through a backup: generations, ascending, then those whose manifests are damaged."""
+        found = {backup}
+        before = 0
+        while len(found) > before:
+            before = len(found)
+            found |= {one for one, parents in self._parents.items() if parents & found}
+        return [one for one in self._parents if one in found and one != backup]
 
     def add(
         self,
@@ -111,7 +134,7 @@ class _Findings:
         self.damage.append(results.Damage(backup, target, offset, length, reason, self.dependents(backup)))
 
     def files(self, generation: manifest.Manifest) -> None:
-        place = self._kept.directory(generation.id)
+        place = self.kept.directory(generation.id)
         wanted = [(None, n, d) for n, d in generation.files.items()]
         wanted += [(d.target, f"{d.target}.delta.npy", d.delta.digest) for d in generation.disks]  # type: ignore[misc]
         for target, name, digest in wanted:
@@ -125,7 +148,7 @@ class _Findings:
 
     def layers(self, generation: manifest.Manifest) -> List[tuple[str, manifest.LayerEntry]]:
         try:
-            layers = self._kept.layers(generation.id)
+            layers = self.kept.layers(generation.id)
         except errors.Damaged as e:
             self.add(generation.id, None, str(e))
             return []
@@ -134,36 +157,36 @@ class _Findings:
                 self.add(generation.id, disk.target, "layers.json does not name its layer")
         return sorted({**layers.disks, **layers.below}.items())
 
-    def place(self, generation: manifest.Manifest, name: str) -> str:
-        return os.path.join(self._kept.directory(generation.id), name)
+    def place(self, backup: str, name: str) -> str:
+        return os.path.join(self.kept.directory(backup), name)
 
 
 def _layer(
     session: Session,
-    generation: manifest.Manifest,
+    backup: str,
     target: str,
     entry: manifest.LayerEntry,
+    stored: int,
     seen: _Findings,
     options: Options,
 ) -> int:
-    """Bytes read of one layer."""
+    """Bytes read of one layer, of about `stored`."""
 
     def damaged(read: check.Read, reason: str) -> None:
-        seen.add(generation.id, target, reason, read.offset, read.length)
+        seen.add(backup, target, reason, read.offset, read.length)
 
-    path = seen.place(generation, entry.file)
-    stored = generation.require(target).data_bytes
+    path = seen.place(backup, entry.file)
     with ExitStack() as stack:
         try:
             contents = stack.enter_context(
-                npy.Reader(seen.place(generation, entry.contents), extents.CONTENT, entry.digest)
+                npy.Reader(seen.place(backup, entry.contents), extents.CONTENT, entry.digest)
             )
             if not os.path.isfile(path):
                 raise errors.Damaged(path=path, reason="the layer is missing")
             run_dir = stack.enter_context(places.temporary())
             endpoints = stack.enter_context(server.layers([path], run_dir))
         except errors.Damaged as e:
-            seen.add(generation.id, target, str(e))
+            seen.add(backup, target, str(e))
             return 0
         return check.check(
             target,

@@ -36,4 +36,5 @@ def show(found: results.Listing) -> None:
         )
         for g in found.generations
     ]
+    rows += [("  ?", one.id or "?", "damaged", "", "", "", "", one.reason) for one in found.unreadable]
     output.table(("  gen", "backup", "kind", "time", "frozen", "changed", "stored", "disks"), rows, right=(5, 6))

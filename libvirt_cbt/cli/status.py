@@ -26,6 +26,8 @@ def _show(found: results.Status) -> None:
     output.say(f"{found.domain}: {found.state}, {newest}")
     if found.doubt:
         output.say(f"  in doubt: {found.doubt}")
+    for sentence in found.unreadable:
+        output.say(f"  {sentence}")
     if found.open_point:
         point = found.open_point
         lost = "" if point.alive else ": its job has ended, `stop` gives it up"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
 from libvirt_cbt import errors, extents, names, points
-from libvirt_cbt.repository import aliases, history
+from libvirt_cbt.repository import aliases
 from libvirt_cbt.repository.manifest import Manifest, ManifestDisk
 from libvirt_cbt.repository.store import DomainStore
 from libvirt_cbt.repository.union import Source
@@ -53,7 +53,7 @@ def span(kept: DomainStore, target: str, since: points.Point, until: points.Poin
             reason=f"--since {first.generation} is after --until {last.generation}; changes are from older to newer"
         )
     lineage = _disk(first, target, last).lineage
-    history.require_unbroken(generations, target, first.generation, last.generation, lineage)
+    kept.require_unbroken(target, first.generation, last.generation, lineage)
     found = [m for m in generations if first.generation < m.generation <= last.generation]
     return _span(kept, target, first, last, _disk(last, target), found, [])
 

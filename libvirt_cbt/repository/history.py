@@ -23,9 +23,12 @@ def by_change_id(generations: Sequence[Manifest], point: points.ChangeId) -> Lis
     return found
 
 
-def require_unbroken(generations: Sequence[Manifest], target: str, after: int, until: int, lineage: str) -> None:
+def require_unbroken(
+    generations: Sequence[Manifest], target: str, after: int, until: int, lineage: str, lost: str = ""
+) -> None:
     """Every generation after+1..until is there and has the disk in this lineage.
 
+    `lost` are manifests that are damaged, one of which may be of a generation that seems to be missing.
     Errors: LineageBroken, with the lineages at both ends and the reason that the first break left in its manifest.
     """
     known = {m.generation: m for m in generations}
@@ -34,7 +37,7 @@ def require_unbroken(generations: Sequence[Manifest], target: str, after: int, u
         if disk and disk.lineage == lineage:
             continue
         if number not in known:
-            reason = "is not in the repository"
+            reason = f"cannot be read, as {lost} is damaged" if lost else "is not in the repository"
         elif disk is None:
             reason = "does not have this disk"
         else:

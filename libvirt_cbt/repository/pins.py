@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import time
 from contextlib import ExitStack, contextmanager
 from typing import Callable, Collection, Final, Iterator, List, Optional, Sequence, Set
@@ -95,15 +96,22 @@ def _below(kept: DomainStore, backup: str, target: str) -> Iterator[str]:
     at: Optional[str] = backup
     seen: Set[str] = set()
     while at is not None and at not in seen:
-        if not os.path.lexists(os.path.join(kept.directory(at), "manifest.json")):
-            return
-        yield at
+        # Without a manifest there is nothing to hold; no prune changes such a layer.
+        if _regular(os.path.join(kept.directory(at), "manifest.json")):
+            yield at
         seen.add(at)
         try:
             entry = kept.layers(at).entry(target)
         except errors.CbtError:
             return
         at = entry.parent if entry else None
+
+
+def _regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _opened(kept: DomainStore, backup: str, stack: ExitStack) -> int:

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Callable, ContextManager, Final, Iterator, List, Optional
 
-from libvirt_cbt import durable, errors, extents, folders, names, points
-from libvirt_cbt.repository import access, history, lock, npy
-from libvirt_cbt.repository.manifest import Intent, Layers, Manifest, RepositoryFile
+from libvirt_cbt import durable, errors, extents, folders, names
+from libvirt_cbt.repository import access, history, lock, npy, published
+from libvirt_cbt.repository.manifest import Intent, RepositoryFile
 
 FILE: Final = "repository.json"
 PROTECTED: Final = "protected"  # an empty file: making it needs no room
@@ -80,8 +80,8 @@ class Repository:
         return os.path.isdir(os.path.join(self.path, uuid))
 
     def domains(self) -> List[DomainStore]:
-        """Every domain with at least one generation, ordered by UUID."""
-        return [s for s in (self.domain(u) for u in self.uuids()) if s.generations()]
+        """Every domain with at least one generation, be it one that cannot be read, ordered by UUID."""
+        return [s for s in (self.domain(u) for u in self.uuids()) if s.generations() or s.unread()]
 
     def uuids(self) -> List[names.DomainUuid]:
         """Every domain that a run was ever begun for, manifests unread."""
@@ -92,7 +92,7 @@ class Repository:
         """By UUID, or by the name in the newest generation.  Errors: NotInRepository; Usage when two have the name."""
         if names.is_uuid(domain):
             kept = self.domain(names.domain_uuid(domain))
-            if kept.generations():
+            if kept.generations() or kept.unread():
                 return kept
         matches = []
         damage: Optional[errors.Damaged] = None
@@ -100,6 +100,8 @@ class Repository:
             try:
                 if one.generations() and one.name == domain:
                     matches.append(one)
+                elif one.unread() and not one.generations():
+                    damage = one.unread()[0].error
             except errors.Damaged as e:
                 damage = e  # of another domain perhaps: it must not stand in this one's way
         if len(matches) > 1:
@@ -138,23 +140,8 @@ class Leftover:
     intent: Optional[Intent]
 
 
-class DomainStore:
+class DomainStore(published.Published):
     """What the repository holds of one domain."""
-
-    def __init__(self, repository: Repository, uuid: names.DomainUuid) -> None:
-        self.repository, self.uuid = repository, uuid
-        self.path = os.path.join(repository.path, uuid)
-        self._generations: Optional[List[Manifest]] = None
-        self._open: Optional[names.BackupId] = None
-
-    @property
-    def name(self) -> str:
-        """As of the newest generation."""
-        generations = self.generations()
-        return generations[-1].domain.name if generations else self.uuid
-
-    def directory(self, backup: str) -> str:
-        return os.path.join(self.path, "staging" if backup == self._open else "backups", backup)
 
     def open_point(self) -> Optional[Intent]:
         """The intent of the fleecing point that was left open, if there is one."""
@@ -169,6 +156,7 @@ class DomainStore:
         seen = DomainStore(self.repository, self.uuid)
         seen._open = names.BackupId(intent.id)
         seen._generations = [*self.generations(), seen._load(seen._open)]
+        seen._unread = self._unread
         return seen
 
     def lock(self, wait: float = 0, stop: Callable[[], None] = lambda: None) -> ContextManager[None]:
@@ -182,7 +170,7 @@ class DomainStore:
             name = self.name
         except errors.Damaged:
             name = self.uuid  # `verify` says what is damaged; the lock is only named here
-        self._generations = None
+        self.refresh()
         return lock.exclusive(os.path.join(self.path, "lock"), self.repository.path, name, wait, stop)
 
     def reserve(self) -> None:
@@ -206,108 +194,9 @@ class DomainStore:
             if os.path.lexists(path):
                 os.unlink(path)
 
-    def generations(self) -> List[Manifest]:
-        """Every published generation as it is now, ascending; what was taken away is a mark.
-
-        Errors: Damaged naming the manifest; RepositoryDenied.
-        """
-        if self._generations is None:
-            found = [self._current(i) for i in self.ids()]
-            self._generations = sorted((m for m in found if m), key=lambda m: m.generation)
-        return self._generations
-
-    def refresh(self) -> None:
-        """Reads the generations anew when they are next asked for."""
-        self._generations = None
-
-    def _current(self, backup: names.BackupId) -> Optional[Manifest]:
-        """A manifest as `layers.json` makes it now; None for a generation that was forgotten at this moment."""
-        try:
-            made = self._load(backup)
-        except errors.Damaged:
-            if os.path.lexists(self.directory(backup)):
-                raise
-            return None
-        try:
-            return made.as_of(self.layers(backup))
-        except errors.CbtError:
-            return made  # whoever needs the layers is told
-
     def protected(self, backup: str) -> bool:
         """Whether `protect` was asked for it: no prune takes it away."""
         return os.path.lexists(os.path.join(self.directory(backup), PROTECTED))
-
-    def ids(self) -> List[names.BackupId]:
-        """The ids of what is published, in no order, their manifests unread."""
-        with durable.explained(self.repository.path, self.path):
-            try:
-                durable.require_directory(self.path)
-                durable.require_directory(os.path.join(self.path, "backups"))
-                return [names.backup_id(e) for e in os.listdir(os.path.join(self.path, "backups"))]
-            except FileNotFoundError:
-                return []
-            except errors.Usage as e:
-                raise errors.Damaged(path=os.path.join(self.path, "backups"), reason=str(e)) from None
-
-    def _load(self, backup: str) -> Manifest:
-        path = os.path.join(self.directory(backup), "manifest.json")
-        with durable.readable(self.repository.path, path):
-            durable.require_directory(os.path.dirname(path))
-            manifest = Manifest.load(path)
-        if manifest.id != backup or manifest.domain.uuid != self.uuid:
-            raise errors.Damaged(path=path, reason="it belongs to another backup")
-        if manifest.repository != self.repository.id:
-            raise errors.Damaged(path=path, reason=f"it belongs to repository {manifest.repository}")
-        return manifest
-
-    def layers(self, backup: str) -> Layers:
-        """Errors: Damaged."""
-        path = os.path.join(self.directory(backup), "layers.json")
-        with durable.readable(self.repository.path, path):
-            durable.require_directory(os.path.dirname(path))
-            layers = Layers.load(path)
-        if layers.backup != backup:
-            raise errors.Damaged(path=path, reason="it belongs to another backup")
-        return layers
-
-    def resolve(self, point: points.Point) -> Manifest:
-        """The generation that a point names.  Errors: NoSuchBackup; Usage for an ambiguous prefix;
-
-        ChangeIdBroken for a change id whose number stands for another moment here.
-        """
-        generations = self.generations()
-        if isinstance(point, points.Latest):
-            found = generations[-1:]
-        elif isinstance(point, points.Generation):
-            found = [m for m in generations if m.generation == point.number]
-        elif isinstance(point, points.Id):
-            found = [m for m in generations if m.id.startswith(point.prefix)]
-        elif isinstance(point, points.ChangeId):
-            found = history.by_change_id(generations, point)
-        else:
-            found = []
-        if len(found) > 1:
-            raise errors.Usage(
-                reason=f"'{point}' is the beginning of {', '.join(m.id for m in found)}; give more digits"
-            )
-        if not found:
-            raise errors.NoSuchBackup(domain=self.name, point=str(point), repository=self.repository.path)
-        return found[0]
-
-    def require(self, backup: str) -> Manifest:
-        """The manifest of a published backup.  Errors: Damaged when there is none: a layer names it as its parent."""
-        found = next((m for m in self.generations() if m.id == backup), None)
-        if found is None:
-            raise errors.Damaged(path=self.directory(backup), reason="its manifest is missing")
-        return found
-
-    def next_generation(self) -> int:
-        generations = self.generations()
-        return generations[-1].generation + 1 if generations else 1
-
-    def newest_backup(self, manifest: Manifest, target: str) -> Optional[Manifest]:
-        """The newest generation up to `manifest` that holds data of a disk in its lineage."""
-        return history.newest_backup(self.generations(), manifest, target)
 
     def chain(self, backup: str, target: str) -> List[Link]:
         """A backup's layers of one disk, newest first down to the full.  Errors: Damaged when a link is missing."""
@@ -341,7 +230,7 @@ class DomainStore:
         was written.  Errors: Damaged; LineageBroken.
         """
         if lineage is not None:
-            history.require_unbroken(self.generations(), target, after, until, lineage)
+            self.require_unbroken(target, after, until, lineage)
         with ExitStack() as stack:
             readers: List[npy.Reader] = []
             for manifest in self.generations():

@@ -108,7 +108,7 @@ def publish(
 ) -> manifest.Manifest:
     """One more generation, with a layer that is no qcow2 but a few bytes."""
     history = kept.generations()
-    generation = history[-1].generation + 1 if history else 1
+    generation = kept.next_generation()
     below = (history[-1].id if history else None) if parent == "newest" else parent
     wanted = intent(kept, name)
     rows = rows if rows is not None else [(0, extents.GRAIN, extents.DATA)]

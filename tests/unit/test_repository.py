@@ -126,7 +126,7 @@ def sealed(kept: store.DomainStore, which: str) -> tuple[str, Callable[[], objec
     path = os.path.join(kept.directory(made.id), which)
     if which == "layers.json":
         return path, lambda: again(kept).layers(made.id)
-    return path, lambda: again(kept).generations()
+    return path, lambda: again(kept).require(made.id)
 
 
 @pytest.mark.parametrize("which", ["repository.json", "intent.json", "manifest.json", "layers.json"])
@@ -177,7 +177,7 @@ def test_a_manifest_of_another_place(kept: store.DomainStore, tmp_path: Path) ->
     one, two = a.read_bytes(), b.read_bytes()
     a.write_bytes(two)
     with pytest.raises(errors.Damaged, match="another backup"):
-        again(kept).generations()
+        again(kept).require(first.id)
     a.write_bytes(one)
     (tmp_path / "other").mkdir()
     other = Repository.init(str(tmp_path / "other")).domain(kept.uuid)
@@ -185,7 +185,7 @@ def test_a_manifest_of_another_place(kept: store.DomainStore, tmp_path: Path) ->
         pass
     os.rename(kept.directory(first.id), other.directory(first.id))
     with pytest.raises(errors.Damaged, match="repository"):
-        other.generations()
+        other.require(first.id)
 
 
 @pytest.mark.parametrize("which", ["manifest.json", "layers.json", "vda.contents.npy", "vda.qcow2", ""])
@@ -197,7 +197,7 @@ def test_links_in_place_of_files(kept: store.DomainStore, tmp_path: Path, which:
 
     def use() -> None:
         fresh = again(kept)
-        fresh.generations()
+        fresh.require(made.id)
         link = fresh.chain(made.id, "vda")[0]
         npy.Reader(link.contents, extents.CONTENT, link.digest)
 
