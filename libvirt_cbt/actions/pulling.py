@@ -13,7 +13,7 @@ from libvirt_cbt import extents, places
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.nbdio import copy, qcow2, server
+from libvirt_cbt.nbdio import copy, qcow2, server, writeback
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import manifest, npy, store
 
@@ -91,8 +91,8 @@ def _sink(fleece: Fleece, disk: DiskPlan, run_dir: str, *, compress: bool) -> It
     path = fleece.stage.layer(disk.target)
     backing = store.layer_backing(disk.parent, disk.target)
     qcow2.create_layer(path, disk.disk.capacity, backing=backing, compress=compress)
-    with server.sink(path, run_dir, compress=compress) as endpoint:
-        yield copy.Sink(endpoint, path, has_parent=disk.parent is not None)
+    with server.sink(path, run_dir, compress=compress) as endpoints, writeback.behind(path) as behind:
+        yield copy.Sink(endpoints, path, disk.parent is not None, behind)
 
 
 def _finished(

@@ -11,6 +11,7 @@ from libvirt_cbt import errors
 from libvirt_cbt.nbdio import client, lanes
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.nbdio.server import Endpoint
+from libvirt_cbt.nbdio.writeback import WriteBack
 
 ZEROES: Final = -1  # in the place of a layer's number
 
@@ -86,6 +87,7 @@ class _Check(lanes.Lane):
         self._sink: Optional[client.Connection] = None
         self._exhausted = self._flushed = False
         self._blank = bytearray()
+        self._behind = WriteBack(output.fd) if output and output.fd is not None else None
         self.bytes = 0
 
     def open(self, stop: Callable[[], None]) -> None:
@@ -211,6 +213,8 @@ class _Check(lanes.Lane):
             while piece:
                 count = os.pwrite(self._output.fd, piece, offset)
                 piece, offset = piece[count:], offset + count
+                if self._behind:
+                    self._behind.wrote(count)
         except OSError as e:
             raise errors.OutputFailed(path=self._output.path, reason=e.strerror) from None
 

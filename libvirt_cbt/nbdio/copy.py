@@ -18,10 +18,11 @@ from typing import Callable, Deque, Final, List, Optional, Sequence
 import numpy as np
 
 from libvirt_cbt import errors, extents
-from libvirt_cbt.nbdio import blockstatus, client, lanes, source
+from libvirt_cbt.nbdio import blockstatus, client, density, lanes, source
 from libvirt_cbt.nbdio.blockstatus import Status
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.nbdio.server import Endpoint
+from libvirt_cbt.nbdio.writeback import WriteBack
 
 WINDOW: Final = source.WINDOW
 AHEAD: Final = 1024  # runs prepared before the next block status is asked for
@@ -33,11 +34,15 @@ NOTHING: Final = "nothing"
 
 @dataclass(frozen=True)
 class Sink:
-    """An open layer; `path` is for error messages, `has_parent` says that zeroes must be written."""
+    """An open layer.  Of `endpoints` the last one gets what would not compress, the first one (it may be the same) the rest.
 
-    endpoint: Endpoint
+    `path` is for error messages, `has_parent` says that zeroes must be written, `behind` is told of data.
+    """
+
+    endpoints: Sequence[Endpoint]
     path: str
     has_parent: bool
+    behind: Optional[WriteBack] = None
 
 
 def none(_low: int, _high: int) -> extents.Extents:
@@ -136,7 +141,8 @@ class _Disk(lanes.Lane):
     def open(self, stop: Callable[[], None]) -> None:
         self._source.open(stop)
         if self.pull.sink:
-            self._sinks = client.connect(self.pull.sink.endpoint, 1, (), None, stop)
+            for endpoint in self.pull.sink.endpoints:
+                self._sinks += client.connect(endpoint, 1, (), None, stop)
 
     def result(self) -> Pulled:
         return Pulled(self.target, self._dirty, self._data, self._zero, self._read, self._source.reconnects)
@@ -257,7 +263,8 @@ class _Disk(lanes.Lane):
                 self._unreadable(offset, length, error)
             self._read += length
             window.rows["digest"][row] = np.frombuffer(lanes.digest(view), np.uint8)
-            lanes.least_busy(self._sinks).write(buffer, offset, lambda e: self._run_written(window, e, buffer))
+            as_it_is = len(self._sinks) > 1 and density.dense(buffer)
+            self._sinks[-1 if as_it_is else 0].write(buffer, offset, lambda e: self._run_written(window, e, buffer))
 
         self._source.read(view, offset, arrived)
 
@@ -271,12 +278,14 @@ class _Disk(lanes.Lane):
             else:
                 self._write_zeroes(window, offset + piece, padded - piece)
 
-        lanes.least_busy(self._sinks).zero(piece, offset, written)
+        self._sinks[0].zero(piece, offset, written)
 
     def _run_written(self, window: _Window, error: int, buffer: Optional[bytearray]) -> None:
         if buffer is not None:
             self.give(buffer)
         self._written(error)
+        if buffer is not None and self.pull.sink and self.pull.sink.behind:
+            self.pull.sink.behind.wrote(len(buffer))
         window.open -= 1
         self._progress(self.target, self._data, max(self.pull.expected, self._data))
         while self._windows and not self._windows[0].open:

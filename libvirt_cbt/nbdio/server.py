@@ -16,6 +16,9 @@ from libvirt_cbt.nbdio import qcow2
 
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 60.0
+# glibc maps and unmaps larger pieces one by one, and QEMU has a buffer for each request: a page fault for each 4 KiB.
+# https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html
+ALLOCATOR: Final = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,25 @@ class Endpoint:
 
 
 @contextmanager
-def sink(layer: str, run_dir: str, *, compress: bool) -> Iterator[Endpoint]:
-    """A layer, opened alone for writing; with `compress` whole 64 KiB grains are compressed on the way.
+def sink(layer: str, run_dir: str, *, compress: bool) -> Iterator[List[Endpoint]]:
+    """A layer, opened alone for writing; with `compress` two ways in: the first compresses, the last writes as it is.
 
-    https://www.qemu.org/docs/master/tools/qemu-nbd.html
+    Both are one image to QEMU, so a flush of either is for all.
+    https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
     """
     qcow2.refuse_external_data(layer)
     name = os.path.basename(layer)
-    node = qcow2.alone(layer)
-    opened = {"driver": "compress", "file": node} if compress else node
-    path = os.path.join(run_dir, f"sink-{name.partition('.')[0]}.sock")
-    argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--export-name=layer", f"--socket={path}"]
-    with running([*argv, "json:" + json.dumps(opened)], path):
-        yield Endpoint(path, "layer")
+    where = os.path.join(run_dir, f"sink-{name.partition('.')[0]}.sock")
+    nodes = [{**qcow2.alone(layer), "node-name": "plain"}]
+    if compress:
+        nodes.insert(0, {"driver": "compress", "node-name": "compressing", "file": "plain"})
+    argv = _storage_daemon(where)
+    for node in reversed(nodes):
+        argv += ["--blockdev", json.dumps(node)]
+    for node in nodes:
+        argv += ["--export", f"type=nbd,id={node['node-name']},node-name={node['node-name']},writable=on"]
+    with running(argv, where):
+        yield [Endpoint(where, node["node-name"]) for node in nodes]
 
 
 @contextmanager
@@ -58,7 +67,7 @@ def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
     https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
     """
     where = os.path.join(run_dir, "layers.sock")
-    argv = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={where.replace(',', ',,')}"]
+    argv = _storage_daemon(where)
     endpoints: List[Endpoint] = []
     for number, path in enumerate(paths):
         qcow2.refuse_external_data(path)
@@ -78,7 +87,7 @@ def chain(paths: Sequence[str], run_dir: str) -> Iterator[Endpoint]:
     """
     name = os.path.basename(paths[0]).partition(".")[0]
     where = os.path.join(run_dir, f"chain-{name}.sock")
-    argv = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={where.replace(',', ',,')}"]
+    argv = _storage_daemon(where)
     below: Optional[str] = None
     for number, path in reversed(list(enumerate(paths))):
         qcow2.refuse_external_data(path)
@@ -130,6 +139,7 @@ def running(argv: List[str], path: str, layers: Sequence[str] = (), *, keep: Seq
             start_new_session=True,
             pass_fds=(*processes.inherited(), *keep),
             umask=tools.UMASK,
+            env={**os.environ, **ALLOCATOR},
         )
         try:
             try:
@@ -146,6 +156,10 @@ def running(argv: List[str], path: str, layers: Sequence[str] = (), *, keep: Seq
                 os.unlink(path)
             except FileNotFoundError:
                 pass
+
+
+def _storage_daemon(path: str) -> List[str]:
+    return ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={path.replace(',', ',,')}"]
 
 
 def _dying_with(parent: int) -> List[str]:

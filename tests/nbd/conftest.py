@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,10 +22,11 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 import numpy as np
 import pytest
 
-from libvirt_cbt import extents
+from libvirt_cbt import extents, machines
 from libvirt_cbt.nbdio import check, copy, lanes, qcow2, server
 
 MIB = 1 << 20
+NOISE = random.Random(1).randbytes(MIB)  # does not compress
 Bytes = Union[bytes, bytearray]
 TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "nbdkit")
 
@@ -72,11 +73,8 @@ def served(argv: Sequence[str], path: str) -> Iterator[subprocess.Popen[bytes]]:
         while True:
             assert process.poll() is None, f"{argv} ended"
             assert time.monotonic() < deadline
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(1)
-                probe.connect(path)
-                if probe.recv(8) == b"NBDMAGIC":  # it may listen before its image is open
-                    break
+            if machines.greets(path, 1):  # a socket listens before the image is open, and locked
+                break
             time.sleep(0.005)
         yield process
     finally:
@@ -124,9 +122,11 @@ class Disk:
             run("qemu-img", "bitmap", "-f", "qcow2", "--remove", self.path, old)
 
     def write(self, *writes: Tuple[str, int, int, int]) -> None:
-        """(kind, offset, length, byte) each; kinds: write, zero, unmap (zero, may deallocate), discard."""
-        options = {"write": "write -P {b}", "zero": "write -z", "unmap": "write -z -u", "discard": "discard"}
-        lines = [f"{options[kind].format(b=b)} {offset} {length}" for kind, offset, length, b in writes]
+        """(kind, offset, length, byte) each; kinds: write, noise (random bytes), zero, unmap (zero, may deallocate), discard."""
+        noise = os.path.join(self.folder, "noise")
+        Path(noise).write_bytes(NOISE)
+        options = {"write": "write -P {b}", "noise": f"write -s {noise}", "zero": "write -z", "unmap": "write -z -u"}
+        lines = [f"{options.get(kind, kind).format(b=b)} {offset} {length}" for kind, offset, length, b in writes]
         argv = [x for line in lines for x in ("-c", line)]
         run("qemu-io", "-d", "unmap", "-f", "qcow2", *argv, self.path)
         for kind, offset, length, byte in writes:
@@ -134,7 +134,10 @@ class Disk:
             if kind == "discard":  # qcow2 drops whole clusters only
                 low = -(-low // self.cluster) * self.cluster
                 high = high if high == self.size else high // self.cluster * self.cluster
-            self.model[low:high] = bytes([byte if kind == "write" else 0]) * max(high - low, 0)
+            if kind == "noise":
+                self.model[low:high] = (NOISE * (1 + length // len(NOISE)))[:length]
+            else:
+                self.model[low:high] = bytes([byte if kind == "write" else 0]) * max(high - low, 0)
 
     def check_model(self) -> None:
         raw = self.path + ".raw"
@@ -184,7 +187,7 @@ class Chain:
         qcow2.create_layer(path, size, backing=parent and os.path.basename(parent), compress=self.compress)
         deltas: List[extents.Extents] = [extents.empty()]
         rows: List[extents.Extents] = [np.empty(0, extents.CONTENT)]
-        with server.sink(path, self.folder, compress=self.compress) as endpoint:
+        with server.sink(path, self.folder, compress=self.compress) as endpoints:
             one = copy.Pull(
                 target="vda",
                 source=source,
@@ -192,7 +195,7 @@ class Chain:
                 bitmap=bitmap and f"qemu:dirty-bitmap:{bitmap}",
                 copy=copy.DIRTY if parent else copy.ALL,
                 expected=size,
-                sink=copy.Sink(endpoint, path, bool(parent)),
+                sink=copy.Sink(endpoints, path, bool(parent)),
                 also=also,
                 delta=deltas.append,
                 contents=rows.append,

@@ -94,8 +94,8 @@ class History:
         after = parent.generation if parent and not mark else base or 0
         with contextlib.ExitStack() as open_:
             if not mark:
-                endpoint = open_.enter_context(server.sink(stage.layer(target), self.folder, compress=self.compress))
-                sink = copy.Sink(endpoint, stage.layer(target), has_parent=parent is not None)
+                endpoints = open_.enter_context(server.sink(stage.layer(target), self.folder, compress=self.compress))
+                sink = copy.Sink(endpoints, stage.layer(target), has_parent=parent is not None)
             earlier = open_.enter_context(kept.deltas(target, after, base or 0))
             pull = copy.Pull(
                 target=target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import List, Tuple
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 
 from libvirt_cbt import extents
-from libvirt_cbt.nbdio import copy, lanes
-from tests.nbd.conftest import MIB, Chain, Disk, runs
+from libvirt_cbt.nbdio import copy, density, lanes
+from tests.nbd.conftest import MIB, Chain, Disk, run, runs
 
-KINDS = ("write", "write", "zero", "unmap", "discard")
+KINDS = ("write", "noise", "zero", "unmap", "discard")
 
 
 def history(rng: random.Random, size: int, step: int) -> List[Tuple[str, int, int, int]]:
@@ -39,6 +40,23 @@ def test_random_chain(folder: str, rng: random.Random, cluster: int, granularity
         with disk.export() as source:
             chain.backup(source, disk.model, disk.bitmap if generation else None)
         disk.next_bitmap()
+    chain.prove()
+
+
+@pytest.mark.parametrize("dense", [None, True, False])
+def test_what_does_not_compress_passes_the_compressor_by(
+    folder: str, monkeypatch: pytest.MonkeyPatch, *, dense: bool | None
+) -> None:
+    """Both ways into a layer show the same bytes, and so does whatever the sample takes data for."""
+    if dense is not None:
+        monkeypatch.setattr(density, "dense", lambda _: dense)
+    disk, chain = Disk(folder, 8 * MIB + 512), Chain(folder)
+    disk.write(("write", 0, 2 * MIB, 1), ("noise", 2 * MIB, 4 * MIB, 0), ("write", 6 * MIB, 2 * MIB + 512, 2))
+    with disk.export() as source:
+        chain.backup(source, disk.model, None)
+    counts = json.loads(run("qemu-img", "check", "--output=json", "-f", "qcow2", chain.layers[0].path))
+    assert counts.get("compressed-clusters", 0) == (0 if dense else 4 * MIB // 65536 + 1)
+    assert counts["allocated-clusters"] == 8 * MIB // 65536 + 1
     chain.prove()
 
 

@@ -40,7 +40,7 @@ def full(
         bitmap=bitmap,
         copy=copy.DIRTY if bitmap else copy.ALL,
         expected=size,
-        sink=copy.Sink(sink, "/repo/x/vda.qcow2", has_parent),
+        sink=copy.Sink([sink], "/repo/x/vda.qcow2", has_parent),
         also=none_also,
         delta=nothing,
         contents=nothing,
@@ -273,7 +273,7 @@ def test_a_full_file_system_under_a_real_layer(folder: str) -> None:
     try:
         layer = os.path.join(small, "vda.qcow2")
         qcow2.create_layer(layer, SIZE, backing=None, compress=False)
-        with pattern(folder) as source, server.sink(layer, folder, compress=False) as sink:
+        with pattern(folder) as source, server.sink(layer, folder, compress=False) as [sink]:
             with pytest.raises(errors.RepositoryFull):
                 full(source, sink)
     finally:

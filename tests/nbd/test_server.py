@@ -33,11 +33,11 @@ def layer(folder: str, name: str = "vda.qcow2") -> str:
 
 def test_a_server_ends_with_its_context(folder: str) -> None:
     path, before = layer(folder), children()
-    with server.sink(path, folder, compress=True) as endpoint:
+    with server.sink(path, folder, compress=True) as endpoints:
         assert len(children()) == len(before) + 1
-        assert os.path.exists(endpoint.socket)
+        assert os.path.exists(endpoints[0].socket)
     assert children() == before
-    assert not os.path.exists(endpoint.socket)
+    assert not os.path.exists(endpoints[0].socket)
 
 
 def test_a_server_ends_when_its_context_fails(folder: str) -> None:
@@ -55,7 +55,7 @@ def test_a_server_that_dies_is_reported(folder: str) -> None:
     [pid] = set(children()) - set(before)
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    with pytest.raises(errors.ToolFailed, match="qemu-nbd"):
+    with pytest.raises(errors.ToolFailed, match="qemu-storage-daemon"):
         served.__exit__(None, None, None)
 
 
