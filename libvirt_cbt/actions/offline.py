@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Dict, Final, Iterator, List, Tuple
+from typing import Dict, Final, Iterator, List, Sequence, Tuple
 
 from libvirt_cbt import errors, machines, names
 from libvirt_cbt.actions import fleecing, planning, tracking
@@ -263,18 +263,28 @@ def _removed(machine: machines.Machine, target: str, path: str, name: str, deadl
             time.sleep(0.05)
 
 
+def require_erasable(host: connection.Host, dom: domain.Domain, checkpoints: Sequence[str]) -> None:
+    """That `erase` can remove each of them.  Errors: BitmapBelow, ImageUnreadable."""
+    machine = images_of(host)
+    for disk in _tracked(dom):
+        below = {bitmap for image in _image(machine, disk).below() for bitmap in image.bitmaps}
+        for checkpoint in checkpoints:
+            if checkpoint in below:
+                # Others may use that file, too; a running QEMU knows what it does.
+                raise errors.BitmapBelow(target=disk.target, checkpoint=checkpoint)
+
+
 def erase(host: connection.Host, dom: domain.Domain, checkpoint: str) -> bool:
     """Removes a checkpoint of ours of a domain that is off: its bitmaps, then its metadata; False when there was none.
 
-    Errors: ImageInUse, ImageUnreadable, BitmapBelow, HypervisorError: what is left of it waits for another run.
+    Errors: BitmapBelow before anything is removed; ImageInUse, ImageUnreadable, HypervisorError: what is left of it
+    waits for another run.
     """
-    found = False
+    require_erasable(host, dom, [checkpoint])
     machine = images_of(host)
-    for disk in dom.disks:
-        if disk.unprotected or disk.untracked:
-            continue
-        if any(checkpoint in below.bitmaps for below in _image(machine, disk).below()):
-            # Others may use that file, too; a running QEMU knows what it does.
-            raise errors.BitmapBelow(target=disk.target, checkpoint=checkpoint)
-        found = still.remove(machine, disk.target, disk.source, checkpoint) or found
-    return bitmaps.drop(host, dom.uuid, checkpoint) or found
+    removed = [still.remove(machine, disk.target, disk.source, checkpoint) for disk in _tracked(dom)]
+    return bitmaps.drop(host, dom.uuid, checkpoint) or any(removed)
+
+
+def _tracked(dom: domain.Domain) -> List[domain.Disk]:
+    return [disk for disk in dom.disks if not disk.unprotected and not disk.untracked]

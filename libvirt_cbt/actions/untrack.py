@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from libvirt_cbt.actions import recover, results, tracking
+from libvirt_cbt.actions import offline, recover, results, tracking
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import checkpoints, domain
+from libvirt_cbt.hypervisor import bitmaps, checkpoints, domain
 
 
 def untrack(session: Session, domain_name: str) -> results.Untrack:
@@ -20,5 +20,7 @@ def untrack(session: Session, domain_name: str) -> results.Untrack:
         recover.reconcile(session, kept)
         tracking.regain(session, kept)  # bitmaps whose checkpoint libvirt has lost would stay otherwise
         names = checkpoints.ours(checkpoints.listed(host, uuid, sizes=False), kept.repository.id)
-        name = domain.read(host, uuid).name
-        return results.Untrack(domain=name, removed=[n for n in names if recover.removed(host, uuid, n)])
+        dom = domain.read(host, uuid)
+        if bitmaps.off(dom):
+            offline.require_erasable(host, dom, names)  # all of them or none
+        return results.Untrack(domain=dom.name, removed=[n for n in names if recover.removed(host, uuid, n)])

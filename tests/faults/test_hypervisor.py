@@ -176,7 +176,9 @@ def test_a_guest_that_powers_itself_off_during_the_copy(
             time.sleep(0.02)
         watch = patience.Stopwatch()
         ended = held.ended()
-        assert watch.seconds() < 10
+        # 30 s of them are libvirt's own, where the agent's channel closes before QEMU does: its one worker waits so long for
+        # a lock that the backup holds (qemuDomainObjBeginJob), before it sees that the guest has gone, and its job with it.
+        assert watch.seconds() < 45
     if preserved:
         assert ended.code == 0, ended
     else:

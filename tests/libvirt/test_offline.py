@@ -461,6 +461,7 @@ def test_after_an_external_snapshot_the_bitmap_is_in_two_images(
     refused = tool.run("untrack", guest.name)
     assert (refused.code, refused.document["error"]["kind"]) == (20, "BitmapBelow")
     assert "start the guest" in refused.stderr and "--exclude" not in refused.stderr
+    assert len(guest.domain.listAllCheckpoints()) == 2, "all of them or none, in whichever order libvirt lists them"
     guest.start()
     guest.random_writes(rng, "vda", 3)
     assert modes(tool.backup(guest)) == ["incremental"] * 2
