@@ -18,6 +18,7 @@ from libvirt_cbt.actions import (
     recording,
     recover,
     results,
+    telling,
 )
 from libvirt_cbt.actions.fleecing import Request
 from libvirt_cbt.actions.session import Session
@@ -87,7 +88,7 @@ def backup(
                 fleece.stage.publish(made, layers)
             events.settled(kept, made, audits or [])
             recover.retire(session, kept)
-        result = recording.backup_result(made, round(time.monotonic() - begun, 3), audits)
+        result = telling.backup(made, round(time.monotonic() - begun, 3), audits)
         return replace(result, warnings=result.warnings + hooks.committed(kept, made, result))
 
 
@@ -161,7 +162,7 @@ def _estimate(session: Session, domain_name: str, request: Request, *, require_a
         checkpoint=None,
         quiesce=results.Quiesced(request.quiesce, "none", None),
         disks=disks,
-        unprotected=recording.unprotected_result(planned.unprotected),
+        unprotected=telling.unprotected(planned.unprotected),
         seconds=0.0,
         warnings=unknown,
         dry_run=True,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Collection, Dict, Final, List, Optional
 
 from libvirt_cbt import durable, errors, places, points, tools
-from libvirt_cbt.actions import reading, recording, recover, restore, results, writing
+from libvirt_cbt.actions import reading, recover, restore, results, telling, writing
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import checkpoints, domain, shutoff
 from libvirt_cbt.nbdio import imagelock, server
@@ -86,7 +86,7 @@ def restore_in_place(
         backup=generation.id,
         generation=generation.generation,
         files=[results.RestoredFile(i.disk.target, i.path, i.disk.capacity) for i in images],
-        unprotected=recording.unprotected_result(generation.unprotected),
+        unprotected=telling.unprotected(generation.unprotected),
         seconds=round(time.monotonic() - begun, 3),
         warnings=warnings,
     )

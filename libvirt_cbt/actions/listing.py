@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import List, Optional
 
 from libvirt_cbt import points
-from libvirt_cbt.actions import recording, results
+from libvirt_cbt.actions import results, telling
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.repository import manifest, store
 
@@ -38,7 +38,7 @@ def _generation(kept: store.DomainStore, made: manifest.Manifest) -> results.Gen
         kind=made.kind,
         time=made.frozen_at,
         consistent=made.quiesce.result == "frozen",
-        disks=[recording.disk_result(d) for d in made.disks],
-        unprotected=recording.unprotected_result(made.unprotected),
+        disks=[telling.disk(d) for d in made.disks],
+        unprotected=telling.unprotected(made.unprotected),
         protected=kept.protected(made.id),
     )

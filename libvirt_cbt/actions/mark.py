@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import Optional
 
-from libvirt_cbt.actions import fleecing, opening, phases, pulling, recording, recover, results
+from libvirt_cbt.actions import fleecing, opening, phases, pulling, recording, recover, results, telling
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import manifest
@@ -57,7 +57,7 @@ def _result(made: manifest.Manifest, seconds: float) -> results.Mark:
         id=made.id,
         generation=made.generation,
         disks=[results.MarkDisk(d.target, d.dirty_bytes, d.change_id) for d in made.disks],
-        unprotected=recording.unprotected_result(made.unprotected),
+        unprotected=telling.unprotected(made.unprotected),
         seconds=seconds,
         warnings=list(made.warnings),
     )

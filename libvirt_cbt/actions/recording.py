@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, Final, List, Optional, Tuple
+from typing import Dict, Final, List, Tuple
 
 import libvirt_cbt
 from libvirt_cbt import names
-from libvirt_cbt.actions import fleecing, results
+from libvirt_cbt.actions import fleecing
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.pulling import Read
@@ -111,47 +111,3 @@ def _warnings(fleece: Fleece) -> List[str]:
         if plan.disk.encrypted and plan.copy != copy.NOTHING:
             found.append(f"disk {plan.target} is encrypted by its QEMU; this backup holds it in plaintext")
     return found
-
-
-def backup_result(
-    made: manifest.Manifest, seconds: float, audit: Optional[List[results.Audited]] = None
-) -> results.Backup:
-    """What `backup` returns for a published generation."""
-    return results.Backup(
-        domain=made.domain.name,
-        uuid=made.domain.uuid,
-        backup=made.id,
-        generation=made.generation,
-        checkpoint=made.checkpoint,
-        quiesce=quiesce_result(made.quiesce),
-        disks=[disk_result(d) for d in made.disks],
-        unprotected=unprotected_result(made.unprotected),
-        seconds=seconds,
-        warnings=list(made.warnings),
-        audit=audit,
-    )
-
-
-def quiesce_result(quiesce: manifest.Quiesce) -> results.Quiesced:
-    return results.Quiesced(quiesce.requested, quiesce.result, quiesce.frozen_ms)
-
-
-def disk_result(disk: manifest.ManifestDisk) -> results.BackupDisk:
-    return results.BackupDisk(
-        target=disk.target,
-        mode=disk.mode,
-        reason=disk.reason,
-        base=disk.base,
-        parent=disk.parent,
-        capacity=disk.capacity,
-        dirty_bytes=disk.dirty_bytes,
-        data_bytes=disk.data_bytes,
-        zero_bytes=disk.zero_bytes,
-        read_bytes=disk.read_bytes,
-        stored_bytes=disk.stored_bytes,
-        change_id=disk.change_id,
-    )
-
-
-def unprotected_result(unprotected: List[manifest.Unprotected]) -> List[results.Unprotected]:
-    return [results.Unprotected(u.target, u.reason) for u in unprotected]

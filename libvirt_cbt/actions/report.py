@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Dict, Final, List, Optional
 
 from libvirt_cbt import errors, points
-from libvirt_cbt.actions import heatmap, recording, results
+from libvirt_cbt.actions import heatmap, results, telling
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.repository import changes, manifest, store, verified
 
@@ -123,8 +123,8 @@ def _generation(kept: store.DomainStore, made: manifest.Manifest, attention: Lis
         dirty_bytes=sum(d.dirty_bytes for d in made.disks),
         stored_bytes=sum(d.stored_bytes for d in made.disks),
         held_bytes=_held(kept.directory(made.id)),
-        disks=[recording.disk_result(d) for d in made.disks],
-        unprotected=recording.unprotected_result(made.unprotected),
+        disks=[telling.disk(d) for d in made.disks],
+        unprotected=telling.unprotected(made.unprotected),
         warnings=list(made.warnings),
     )
 

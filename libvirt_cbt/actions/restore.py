@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Collection, ContextManager, Iterator, List, Mapping, Optional
 
 from libvirt_cbt import errors, folders, places, points, processes, tools
-from libvirt_cbt.actions import reading, recording, results, writing
+from libvirt_cbt.actions import reading, results, telling, writing
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import check, qcow2, server, targets
 from libvirt_cbt.nbdio.lanes import Options
@@ -82,7 +82,7 @@ def restore(
         backup=generation.id,
         generation=generation.generation,
         files=files,
-        unprotected=recording.unprotected_result(generation.unprotected),
+        unprotected=telling.unprotected(generation.unprotected),
         seconds=round(time.monotonic() - begun, 3),
         damage=lost or [],
         defined=made,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Callable, Collection, Iterator, Optional, Sequence, Union
 
 from libvirt_cbt import errors, extents, points
-from libvirt_cbt.actions import reading, recording, results
+from libvirt_cbt.actions import reading, results, telling
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import serving
 from libvirt_cbt.repository import changes, manifest, pins, store, union
@@ -138,5 +138,5 @@ def _result(
         since=next((_number(span) for span in spans if span), None),
         sockets=[path],
         disks=disks,
-        unprotected=recording.unprotected_result(generation.unprotected),
+        unprotected=telling.unprotected(generation.unprotected),
     )

@@ -6,7 +6,7 @@ import time
 from typing import Optional
 from urllib.parse import quote
 
-from libvirt_cbt.actions import fleecing, opening, phases, pulling, recording, results
+from libvirt_cbt.actions import fleecing, opening, phases, pulling, recording, results, telling
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import manifest
@@ -51,9 +51,9 @@ def start(
         id=made.id,
         generation=made.generation,
         socket=plan.places.socket,
-        quiesce=recording.quiesce_result(made.quiesce),
+        quiesce=telling.quiesced(made.quiesce),
         disks=[_disk(d, exports[d.target]) for d in made.disks],
-        unprotected=recording.unprotected_result(made.unprotected),
+        unprotected=telling.unprotected(made.unprotected),
         seconds=round(time.monotonic() - begun, 3),
         warnings=list(made.warnings),
     )

@@ -46,7 +46,7 @@ COMMANDS: Final[Dict[str, str]] = {
     "completion": "what teaches bash, zsh or fish to complete",
     "manual": "the man pages",
 }
-COLLECT_AFTER: Final = 50_000  # objects: some MB at most, if all of them were garbage
+COLLECT_AFTER: Final = 200_000  # objects: some 20 MB at most, if all of them were garbage
 
 # numpy's BLAS, which nothing here uses, starts a thread for each processor (30 ms, and memory for each); pydantic reads
 # the metadata of every package that is installed to find plugins (25 ms).  docs/performance.md
@@ -136,7 +136,7 @@ def _misused(error: click.ClickException, argv: List[str]) -> int:
 
 def main(argv: Optional[List[str]] = None) -> Any:
     """Runs one command and exits with its code; docs/exit-codes.md is the table."""
-    # Imports make hundreds of thousands of objects and no garbage: looked through 5 times instead of 500 times.
+    # Imports make hundreds of thousands of objects and no garbage: looked through once instead of 500 times.
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no bug
