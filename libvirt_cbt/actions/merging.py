@@ -194,8 +194,8 @@ def into_oldest(disk: Disk, lower: str, upper: str) -> int:
     capacity, layer = disk.capacity(upper), disk.path(lower)
     with pins.changing(kept, [lower, upper]):
         moved = merge.Moved(0, 0, 0, 0)
-        if not os.path.samefile(layer, disk.path(upper)):
-            needed = _stored(disk.path(upper))
+        if not _one(layer, disk.path(upper)):
+            needed = on_disk(disk.path(upper))
             if not _room_for(disk, needed):
                 _make_room(disk, lower, upper)
             if not _room_for(disk, needed):
@@ -205,7 +205,7 @@ def into_oldest(disk: Disk, lower: str, upper: str) -> int:
         with ExitStack() as stack:
             rest, above = (stack.enter_context(disk.contents(b)) for b in (lower, upper))
             rows = stack.enter_context(disk.written(upper))
-            if not os.path.samefile(layer, disk.path(upper)):
+            if not _one(layer, disk.path(upper)):
                 moved = _move(disk, upper, layer, _as_they_are(above), _ignored, capacity, bare=True)
                 merge.cut(layer, capacity)
             for window in merging.windows(rest, above, capacity):
@@ -261,7 +261,7 @@ def _move(
     bare: bool = False,
 ) -> merge.Moved:
     """Reads one backup's layer alone, and writes another, which is in whole grains meanwhile."""
-    watch, total = disk.session.watch, _stored(disk.path(source))
+    watch, total = disk.session.watch, on_disk(disk.path(source))
     with ExitStack() as stack:
         run_dir = stack.enter_context(places.temporary())
         sink = None
@@ -299,8 +299,16 @@ def _changed(entry: manifest.LayerEntry, update: Dict[str, Any]) -> manifest.Lay
     return entry.model_copy(update=update)
 
 
-def _stored(path: str) -> int:
-    return os.stat(path).st_blocks * 512
+def on_disk(path: str) -> int:
+    """Bytes that a layer takes on disk.  Errors: Damaged when it is missing."""
+    with durable.readable(path, path):
+        return os.stat(path).st_blocks * 512
+
+
+def _one(layer: str, other: str) -> bool:
+    """Whether two layers are one file.  Errors: Damaged."""
+    with durable.readable(layer, layer):
+        return os.path.samefile(layer, other)
 
 
 def _ignored(_: extents.Extents) -> None:
@@ -316,7 +324,7 @@ def _to_carry(disk: Disk, lower: str, upper: str) -> int:
             lacking += extents.total(window.untouched, extents.DATA) + sum(pieces)
         for rows in merging.slices(below):
             every += extents.total(rows, extents.DATA)
-    return _stored(disk.path(lower)) * lacking // every if every else 0
+    return on_disk(disk.path(lower)) * lacking // every if every else 0
 
 
 def _room_for(disk: Disk, needed: int) -> bool:

@@ -323,7 +323,7 @@ def _foreseen(kept: store.DomainStore, removed: Set[str]) -> List[results.Merged
             if upper:
                 read = upper if entry.parent is None else generation.id
                 layer = os.path.join(kept.directory(read), f"{target}.qcow2")
-                found.append(results.Merged(target, generation.id, upper, os.stat(layer).st_blocks * 512))
+                found.append(results.Merged(target, generation.id, upper, steps.on_disk(layer)))
     return found
 
 
