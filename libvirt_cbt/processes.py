@@ -91,6 +91,26 @@ def ended(text: str) -> bool:
     return not alive(Process(int(found[2]), int(found[3])))
 
 
+def unit(path: str = "/proc/self/cgroup") -> Optional[str]:
+    """The systemd service that we are of, which when it ends takes with it what we leave running; None: of none.
+
+    INVOCATION_ID is in the environment of a unit's own processes (systemd.exec), and not of those that cron starts.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            found = re.search(r"^(?:0:|\d+:name=systemd):.*/([^/\n]+\.service)$", file.read(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1] if found and os.environ.get("INVOCATION_ID") else None
+
+
+def outlived(what: str) -> List[str]:
+    """A sentence about what is to go on when we have ended, where systemd may end it, too."""
+    name = unit()
+    known = "is killed when that ends, unless its KillMode is process; docs/automation.md has a way round it"
+    return [f"{what} is a process of {name} and {known}"] if name else []
+
+
 def boot_id() -> str:
     """Which boot of this machine it is."""
     try:

@@ -118,7 +118,7 @@ def boot(
         disks=[results.BootedDisk(d.target, _overlay(record, d.target), d.capacity) for d in disks],
         seconds=round(running, 3),
         agent_seconds=agent,
-        warnings=warnings,
+        warnings=[*warnings, *processes.outlived("the server that the guest reads from")],
     )
 
 

@@ -6,6 +6,7 @@ import time
 from typing import Optional
 from urllib.parse import quote
 
+from libvirt_cbt import processes
 from libvirt_cbt.actions import fleecing, opening, phases, pulling, recording, results, telling
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio.lanes import Options
@@ -36,7 +37,7 @@ def start(
             plan = fleecing.planned(session, kept, fleecing.running(session.host, uuid), request)
             hooks.preflight(plan)
             with fleecing.opened(session, kept, plan, hooks) as fleece:
-                fleece.warnings += warnings
+                fleece.warnings += warnings + processes.outlived("the guard of the open point")
                 exports = fleece.exported()
                 reads = pulling.pulled(session, kept, fleece, Options())
                 hooks.ready(fleece)

@@ -131,6 +131,8 @@ def _misused(error: click.ClickException, argv: List[str]) -> int:
     logs.error(found)
     if "--json" in argv:
         print(output.dumped(output.document([], found)))
+    elif context and hasattr(context.command, "misused"):
+        context.command.misused(str(found))
     return getattr(context.command, "usage_code", found.code) if context else found.code
 
 

@@ -24,9 +24,12 @@ MOST: Final = 50  # problems of which a line is printed
 
 
 class _Plugin(click.Command):
-    """A command line that makes no sense is "unknown" to monitoring; 2 would be critical."""
+    """A command line that makes no sense is "unknown" to monitoring, which reads standard output; 2 would be critical."""
 
     usage_code = UNKNOWN
+
+    def misused(self, sentence: str) -> None:
+        output.say(f"LIBVIRT-CBT UNKNOWN: {_clean(sentence)}")
 
 
 class Duration(click.ParamType):
@@ -71,7 +74,7 @@ def command(settings: output.Settings, /, domains: Tuple[str, ...], offline: boo
     try:
         settings.config  # noqa: B018 -- what is wrong with it is unknown, not critical
     except errors.CbtError as e:
-        output.say(f"LIBVIRT-CBT UNKNOWN: {_clean(str(e))}")
+        output.say(output.dumped(output.document([], e)) if settings.json else f"LIBVIRT-CBT UNKNOWN: {_clean(str(e))}")
         raise SystemExit(UNKNOWN) from None
     output.run(settings, [ask], show, always=True)
     raise SystemExit(ended[0].code)

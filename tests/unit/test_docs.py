@@ -12,10 +12,13 @@ import click
 import pytest
 
 import libvirt_cbt
-from libvirt_cbt import cli, errors
+from libvirt_cbt import cli, config, errors
+from libvirt_cbt.actions import metrics
+from libvirt_cbt.cli import manual_words
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 README: Final = ROOT / "README.md"
+AUTOMATION: Final = ROOT / "docs" / "automation.md"
 EXIT_CODES: Final = ROOT / "docs" / "exit-codes.md"
 
 
@@ -57,6 +60,19 @@ def test_the_readme_shows_no_command_or_option_that_is_not_there() -> None:
     for command, row in re.findall(r"^\| `([a-z]+)(.*)$", text, re.MULTILINE):
         known = options(importlib.import_module(f"libvirt_cbt.cli.{command}").command)
         assert set(re.findall(r"--[a-z-]+", row)) <= known
+
+
+def test_automation_shows_what_is_there(tmp_path: Path) -> None:
+    text = AUTOMATION.read_text(encoding="utf-8")
+    assert set(re.findall(r"^ {4}libvirt-cbt (?:-\S+ )*([a-z]+)", text, re.MULTILINE)) <= set(cli.COMMANDS)
+    assert {f"`{name}`" for name in metrics.GAUGES} <= set(re.findall(r"^\| (`\w+`) \|", text, re.MULTILINE))
+    assert set(re.findall(r"libvirt_cbt_(\w+)", re.sub("(?s)^.*?```yaml", "", text))) <= set(metrics.GAUGES)
+    configurations = re.findall("```toml\n(.*?)```", text, re.DOTALL)
+    assert configurations[0] == manual_words.EXAMPLE
+    for number, one in enumerate(configurations):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(one, encoding="utf-8")
+        config.load([str(path)], given=True)
 
 
 def test_every_verb_of_the_readme_is_a_function() -> None:
