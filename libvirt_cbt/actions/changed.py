@@ -154,8 +154,7 @@ def changed(
     else:
         last = points.Latest() if until is None else points.until(str(until))
         kept = _seen(session.stored(domain_name), last)
-    if not kept.generations():
-        raise errors.NotInRepository(domain=names.printable(domain_name), repository=session.path)
+    kept.require_some(domain_name)
     asked = changes.span(kept, disk, first, last)
     capacity = asked.disk.capacity
     if not 0 <= start_offset <= capacity:
@@ -235,8 +234,7 @@ def _marked(
     if not isinstance(since, points.Beginning):
         # What cannot be answered now cannot be either after a mark: it is not made then.
         kept = session.repository().domain(uuid)
-        if not kept.generations():
-            raise errors.NotInRepository(domain=names.printable(domain_name), repository=session.path)
+        kept.require_some(domain_name)
         changes.span(kept, disk, since, points.Latest())
     made = mark(session, uuid, scratch_dir=scratch_dir, allow_plaintext=allow_plaintext)
     for warning in made.warnings:

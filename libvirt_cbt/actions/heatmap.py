@@ -34,6 +34,7 @@ def heatmap(
     if not 1 <= regions <= MOST_REGIONS:
         raise errors.Usage(reason=f"a disk is shown in 1 to {MOST_REGIONS} regions, not {regions}")
     kept = session.stored(domain_name)
+    kept.require_some(domain_name)
     end = points.until(str(until))
     begin = changes.oldest_since(kept, disk, end) if since is None else points.since(str(since))
     span = changes.span(kept, disk, begin, end)

@@ -211,6 +211,12 @@ class Published:
             raise errors.NoSuchBackup(domain=self.name, point=str(point), repository=self.repository.path)
         return found[0]
 
+    def require_some(self, asked: str) -> None:
+        """Errors: Damaged when nothing that is published can be read; NotInRepository, as `asked`, when nothing is."""
+        if not self.generations():
+            self._damaged(self.unread())
+            raise errors.NotInRepository(domain=names.printable(asked), repository=self.repository.path)
+
     def require_newest(self) -> None:
         """Errors: Damaged when which generation is the newest cannot be said."""
         newest = self.generations()[-1:]

@@ -10,7 +10,7 @@ from typing import Iterator, List, Set
 
 import pytest
 
-from libvirt_cbt import durable, errors, extents, names, points
+from libvirt_cbt import cli, durable, errors, extents, names, points
 from libvirt_cbt.repository import changes, manifest, store
 from tests.unit import repository_samples as samples
 
@@ -142,6 +142,15 @@ def test_changes_across_a_damaged_one_are_refused_with_its_name(kept: store.Doma
     # Everything at the newest is known from contents and from the deltas since.
     span = changes.span(seen, "vda", points.Beginning(), points.Generation(5))
     assert [s.generation for s in span.sources][-2:] == [4, 5]
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("words", [
+    ["show"], ["changed", "vda", "--since", "*"], ["changed", "vda", "--since", "1"], ["heatmap", "vda"],
+], ids=str)  # fmt: skip
+def test_whoever_needs_what_is_all_damaged_is_told_so(kept: store.DomainStore, words: List[str]) -> None:
+    damaged(kept, *published(kept, "f"))
+    assert cli.exit_code(["-r", kept.repository.path, words[0], samples.UUID, *words[1:]]) == 16
 
 
 @pytest.mark.fault(42)
