@@ -168,19 +168,24 @@ def _commit(session: Session, kept: store.DomainStore, images: List[_Image]) -> 
         try:
             journal = {"domain": kept.uuid, "images": [image.path for image in images]}
             durable.replace(images[0].path + JOURNAL, json.dumps(journal).encode())
-            _rename(images[0].path + JOURNAL, kept.uuid)
+            _rename(images[0].path + JOURNAL, kept.uuid, [image.path for image in images])
         except OSError as e:
             raise errors.OutputFailed(path=e.filename or images[0].path, reason=e.strerror) from None
 
 
-def _rename(journal: str, uuid: str) -> List[str]:
-    """Step 3, as often as it takes; the images.  Errors: OSError."""
+def _rename(journal: str, uuid: str, known: Collection[str]) -> List[str]:
+    """Step 3, as often as it takes; the images, each of which is one of `known`: others may write to their folders.
+
+    Errors: OSError.
+    """
     try:
         found = json.loads(durable.read(journal, 1 << 20))
         images = [str(path) for path in found["images"]]
         if found["domain"] != uuid:
             raise ValueError("another domain's")
-    except (ValueError, KeyError, TypeError) as e:
+        if not {*images} <= {*known}:
+            raise ValueError("an image in it is no disk of the domain")
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise OSError(0, f"it is no journal of this domain: {e}", journal) from None
     for path in images:
         if os.path.lexists(path + NEW):
@@ -200,7 +205,7 @@ def _finish(session: Session, kept: store.DomainStore, dom: domain.Domain) -> Li
             continue
         try:
             with imagelock.held(path):
-                done = _rename(path + JOURNAL, kept.uuid)
+                done = _rename(path + JOURNAL, kept.uuid, paths.values())
                 warnings += _untracked(session, kept, {t: p for t, p in paths.items() if p not in done}, dom)
                 for image in done:
                     if os.path.lexists(image + OLD):

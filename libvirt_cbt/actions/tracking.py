@@ -6,7 +6,6 @@ other.  Only bitmaps and checkpoints that a published generation of this reposit
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from typing import Dict, Final, List, Optional, Sequence, Set, Tuple
 
@@ -125,10 +124,9 @@ def bitmaps(session: Session, disk: domain.Disk) -> List[str]:
     try:
         machine = session.host.site.machine() or still.Here()
         # The guest has the image open: no lock is asked for, and nothing but the header is believed.
-        text = machine.info(still.alone(machine, disk.source, disk.format), shared=True)
-        data = json.loads(text)["format-specific"]["data"]
-        return [str(row["name"]) for row in data.get("bitmaps", [])]
-    except (errors.HypervisorError, errors.Elsewhere, ValueError, KeyError, TypeError):
+        found = still.told(machine.info(still.alone(machine, disk.source, disk.format), shared=True))
+        return [bitmap.name for bitmap in found.specific.data.bitmaps]
+    except (errors.HypervisorError, errors.Elsewhere, ValueError):
         return []
 
 

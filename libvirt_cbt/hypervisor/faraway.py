@@ -6,8 +6,8 @@ import base64
 import errno
 import os
 import time
-from contextlib import ExitStack
-from typing import Callable, Dict, Final, List, Mapping, Optional, Sequence, Tuple, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Callable, Dict, Final, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
 from libvirt_cbt import errors, machines, names, places
 from libvirt_cbt.hypervisor import farimages, refusals, scratch, sentry, site, ssh
@@ -57,9 +57,10 @@ class Ssh(site.Site):
         return self._link
 
     def _hello(self, link: ssh.Ssh) -> None:
-        version, *words = link.ask("hello")
-        if version != "1":
-            raise errors.HostRefused(host=self.name, reason=f"its far end speaks version {version}, not 1", way_out="update it")
+        version, *words = link.ask("hello") or [""]
+        if version != "1" or len(words) < 2:
+            shown = names.printable(version, 20)
+            raise errors.HostRefused(host=self.name, reason=f"its far end speaks version {shown}, not 1", way_out="update it")
         self._roots, self._tools = (ssh.text(words[0]), ssh.text(words[1])), words[2:]
 
     def _drop(self) -> None:
@@ -67,19 +68,21 @@ class Ssh(site.Site):
             self._link.close()
             self._link = None
 
-    def asked(self, *words: str, seconds: float = ssh.ANSWER_SECONDS, once: bool = False) -> List[str]:
+    def asked(
+        self, *words: str, seconds: float = ssh.ANSWER_SECONDS, once: bool = False, most: int = ssh.MOST_ANSWER
+    ) -> List[str]:
         """The answer to a request, which is repeated on a new connection unless it may be done `once` only.
 
         Errors: ssh.Refused; HostLost and kin.
         """
         try:
-            return self.linked().ask(*words, seconds=seconds)
+            return self.linked().ask(*words, seconds=seconds, most=most)
         except ssh.Lost as e:
             self._drop()
             if once:
                 raise refusals.explained(self.name, str(e)) from None
         try:
-            return self.linked().ask(*words, seconds=seconds)
+            return self.linked().ask(*words, seconds=seconds, most=most)
         except ssh.Lost as e:
             self._drop()
             raise refusals.explained(self.name, str(e)) from None
@@ -118,7 +121,8 @@ class Ssh(site.Site):
         words = ["make", where.socket_dir, where.directory if files else "-", group, str(scratch.ROOM_FLOOR), *files]
         directory = os.path.dirname(where.directory)
         try:
-            return int(self.asked(*words, seconds=MAKE_SECONDS, once=True)[0])
+            with self._understood():
+                return ssh.number(self.asked(*words, seconds=MAKE_SECONDS, once=True))
         except ssh.Refused as e:
             if e.kind == "space":
                 raise errors.ScratchSpace(directory=directory, free=int(str(e)), needed=scratch.ROOM_FLOOR) from None
@@ -143,17 +147,20 @@ class Ssh(site.Site):
             found = self.asked("remove", where.socket_dir, where.directory, *where.scratch.values())
         except ssh.Refused as e:
             raise errors.HypervisorError(reason=f"{self.name}: {e}") from None
-        return gone + [f"{self.name}:{ssh.text(word)}" for word in found]
+        with self._understood():
+            return gone + [f"{self.name}:{ssh.text(word)}" for word in found]
 
     def room(self, directory: str) -> int:
         try:
-            return int(self.asked("room", directory)[0])
+            with self._understood():
+                return ssh.number(self.asked("room", directory))
         except ssh.Refused as e:
             raise FileNotFoundError(errno.ENOENT, str(e), directory) from None
 
     def folder(self, path: str) -> site.Folder:
-        name, mode, writable = self._told("folder", path)
-        return site.Folder(ssh.text(name), int(mode, 8), writable == "yes")
+        with self._understood():
+            name, mode, writable = self._told("folder", path)
+            return site.Folder(ssh.text(name), int(mode[:8], 8), writable == "yes")
 
     def look(self, paths: Sequence[str]) -> Dict[str, site.Seen]:
         known = [path for path in paths if path and "\n" not in path]
@@ -161,17 +168,19 @@ class Ssh(site.Site):
         found = {}
         for path, inode, kind, header in zip(known, words[::3], words[1::3], words[2::3]):
             if kind != "-":
-                head = bytes.fromhex(header) if header != "-" else b""
-                found[path] = site.Seen(inode if inode != "-" else None, kind, head)
+                with self._understood():
+                    head = ssh.binary(header)[: site.HEADER] if header != "-" else b""
+                found[path] = site.Seen(inode[:64] if inode != "-" else None, kind, head)
         return found
 
     def read(self, path: str, most: int) -> bytes:
         try:
-            size, *content = self.asked("read", path, str(most))
+            found = self.asked("read", path, str(most), most=2 * most + ssh.MOST_ANSWER)
         except ssh.Refused as e:
             raise OSError(errno.EIO, str(e), path) from None
-        data = base64.b64decode("".join(content))
-        if len(data) != int(size):
+        with self._understood():
+            size, data = ssh.number(found), base64.b64decode("".join(found[1:]))
+        if len(data) != size or size > most:
             raise ValueError(f"{len(data)} bytes of {size} could be read")
         return data
 
@@ -180,6 +189,14 @@ class Ssh(site.Site):
             return self.asked(*words)
         except ssh.Refused as e:
             raise errors.HypervisorError(reason=f"{self.name}: {e}") from None
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Errors: HypervisorError where the answer is none: another far end than ours, or a host that means us no good."""
+        try:
+            yield
+        except (ssh.Lost, ValueError) as e:
+            raise errors.HypervisorError(reason=f"{self.name}: its answer is none: {names.printable(str(e))}") from None
 
     def machine(self) -> Optional[machines.Machine]:
         return farimages.Images(self)

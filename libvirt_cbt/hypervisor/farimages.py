@@ -36,7 +36,11 @@ class Images(machines.Machine):
         return self._site.look([path]).get(path, site.Seen(None, "", b""))
 
     def info(self, name: str, *, shared: bool = False) -> str:
-        text = base64.b64decode("".join(self._run("info", "yes" if shared else "no", name))).decode(errors="replace")
+        words = self._run("info", "yes" if shared else "no", name)
+        try:
+            text = base64.b64decode("".join(words)).decode(errors="replace")
+        except ValueError:
+            raise errors.ToolFailed(tool=f"qemu-img on {self._site.name}", reason="its answer is none") from None
         return text[max(0, text.find("{")) :]  # a warning may stand before it
 
     def bitmap(self, action: str, name: str, bitmap: str) -> None:

@@ -105,9 +105,8 @@ class Sentry(site.Lookout):
                 self._link = self._connected()
 
     def _heard(self, words: Optional[List[str]]) -> None:
-        if not words or len(words) != 2 or not words[1].isdecimal():
+        if not words or len(words) != 2 or words[0] not in ("free", "full"):
             return
-        if words[0] == "free":
-            self.free = int(words[1])
-        elif words[0] == "full":
-            self.free = self.full = int(words[1])
+        self.free = ssh.number(words[1:])  # what is none ends this connection: its host is not to be believed
+        if words[0] == "full":
+            self.full = self.free

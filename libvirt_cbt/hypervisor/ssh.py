@@ -8,13 +8,14 @@ https://man.openbsd.org/ssh, https://man.openbsd.org/ssh_config
 from __future__ import annotations
 
 import os
+import re
 import select
 import subprocess
 import tempfile
 import threading
 import time
 from importlib import resources
-from typing import Any, Final, List, Optional
+from typing import Any, Final, List, Optional, Sequence
 
 from libvirt_cbt import names, tools
 from libvirt_cbt.hypervisor.address import Address
@@ -23,6 +24,7 @@ CONNECT_SECONDS: Final = 60.0
 ANSWER_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 5.0
 MOST_NOISE: Final = 1 << 20  # bytes that a login shell may print before our own words
+MOST_ANSWER: Final = 4 << 20  # bytes of one line, unless more is asked for
 BARE: Final = "libvirt-cbt-bare"
 READY: Final = "libvirt-cbt-ready"
 # One session, whatever the user's configuration says for people: no agent, no display, no forwardings but ours.
@@ -123,12 +125,12 @@ class Ssh:
             elif noise > MOST_NOISE:
                 raise Lost("the login shell of the far user does not end its greeting")
 
-    def ask(self, *words: str, seconds: float = ANSWER_SECONDS) -> List[str]:
-        """The words of the answer to one request."""
+    def ask(self, *words: str, seconds: float = ANSWER_SECONDS, most: int = MOST_ANSWER) -> List[str]:
+        """The words of the answer to one request, of `most` bytes."""
         with self._asking:
             self._send(" ".join(_encoded(word) for word in words).encode() + b"\n")
             try:
-                return self._answer(self._line(time.monotonic() + seconds))
+                return self._answer(self._line(time.monotonic() + seconds, most))
             except TimeoutError:
                 self._process.kill()  # what it may yet say would answer another question
                 raise Lost(f"no answer within {seconds:.0f} s") from None
@@ -153,7 +155,7 @@ class Ssh:
         words = rest.split()
         if kind != "no" or not words:
             raise Lost(f"the far end says {names.printable(line)!r}")
-        raise Refused(words[0], words[1] if words[0] == "space" else text("".join(words[1:])))
+        raise Refused(words[0], str(number(words[1:])) if words[0] == "space" else text("".join(words[1:])))
 
     def _send(self, data: bytes) -> None:
         assert self._process.stdin
@@ -163,10 +165,13 @@ class Ssh:
         except OSError:
             raise self._lost() from None
 
-    def _line(self, deadline: float) -> str:
+    def _line(self, deadline: float, most: int = MOST_ANSWER) -> str:
         assert self._process.stdout
         while b"\n" not in self._pending:
             left = deadline - time.monotonic()
+            if len(self._pending) > most:
+                self._process.kill()
+                raise Lost(f"the far end says more than {most} bytes without an end")
             if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
                 raise TimeoutError
             data = os.read(self._process.stdout.fileno(), 1 << 20)
@@ -261,7 +266,19 @@ def _escaped(path: str) -> str:
 
 def text(digits: str) -> str:
     """A word in hexadecimal digits, as a path or for people."""
+    return os.fsdecode(binary(digits))
+
+
+def binary(digits: str) -> bytes:
+    """The same, as it is."""
     try:
-        return os.fsdecode(bytes.fromhex(digits))
+        return bytes.fromhex(digits)
     except ValueError:
         raise Lost("the far end says what is no text") from None
+
+
+def number(words: Sequence[str]) -> int:
+    """The first word, as a count of bytes."""
+    if not words or not re.fullmatch(r"[0-9]{1,19}", words[0]):
+        raise Lost("the far end says what is no number")
+    return int(words[0])

@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Dict, Final, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from libvirt_cbt import errors, machines, names, tools
 from libvirt_cbt.nbdio import server
 from libvirt_cbt.nbdio.server import Endpoint
@@ -114,7 +116,7 @@ class Here(machines.Machine):
 
 def look(machine: machines.Machine, target: str, path: str, fmt: str) -> Image:
     """What a disk's image is; `target` is for the errors.  Errors: ImageInUse when it is open for writing, ImageUnreadable."""
-    chain: List[Tuple[str, str, Dict[str, Any]]] = []
+    chain: List[Tuple[str, str, _Info]] = []
     at: Optional[Tuple[str, str]] = (path, fmt)
     while at:
         if len(chain) == MAX_DEPTH or any(seen[0] == at[0] for seen in chain):
@@ -124,7 +126,7 @@ def look(machine: machines.Machine, target: str, path: str, fmt: str) -> Image:
         at = _backing(machine, target, at[0], found) if at[1] == "qcow2" else None
     image: Optional[Image] = None
     for one, driver, found in reversed(chain):
-        image = Image(one, driver, int(found["virtual-size"]), _bitmaps(found), image)
+        image = Image(one, driver, found.capacity, _bitmaps(found), image)
     assert image is not None
     return image
 
@@ -193,7 +195,34 @@ def alone(machine: machines.Machine, path: str, fmt: str) -> str:
     return "json:" + json.dumps({**node, "backing": None} if fmt == "qcow2" else node)
 
 
-def _info(machine: machines.Machine, target: str, path: str, fmt: str, *, shared: bool = False) -> Dict[str, Any]:
+class _Told(BaseModel):
+    """What qemu-img says of an image, as far as it is used; on another host somebody else may be saying it."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class _Bitmap(_Told):
+    name: str
+    flags: List[str]
+
+
+class _Data(_Told):
+    bitmaps: List[_Bitmap] = []
+
+
+class _Specific(_Told):
+    data: _Data = _Data()
+
+
+class _Info(_Told):
+    capacity: int = Field(alias="virtual-size", ge=0, lt=2**63)
+    written: Optional[str] = Field(None, alias="backing-filename")
+    full: Optional[str] = Field(None, alias="full-backing-filename")
+    format: Optional[str] = Field(None, alias="backing-filename-format")
+    specific: _Specific = Field(_Specific(), alias="format-specific")
+
+
+def _info(machine: machines.Machine, target: str, path: str, fmt: str, *, shared: bool = False) -> _Info:
     if fmt not in FORMATS:
         raise errors.ImageUnreadable(target=target, reason=f"{_shown(path)} is a {_shown(fmt)} image")
     if not os.path.isabs(path):
@@ -201,32 +230,37 @@ def _info(machine: machines.Machine, target: str, path: str, fmt: str, *, shared
     if not machine.kind(path):
         raise errors.ImageUnreadable(target=target, reason=f"{_shown(path)}: {os.strerror(errno.ENOENT)}")
     try:
-        found = json.loads(machine.info(alone(machine, path, fmt), shared=shared))
+        return told(machine.info(alone(machine, path, fmt), shared=shared))
+    except ValueError:
+        raise errors.ImageUnreadable(target=target, reason=f"what qemu-img says of {_shown(path)} is no answer") from None
     except errors.ToolFailed as e:
         if _LOCKED.search(str(e)):
             raise _in_use(machine, target, path) from None
         raise errors.ImageUnreadable(target=target, reason=str(e)) from None
-    return found if isinstance(found, dict) else {}
 
 
-def _backing(machine: machines.Machine, target: str, path: str, found: Dict[str, Any]) -> Optional[Tuple[str, str]]:
-    written = found.get("backing-filename")
+def told(text: str) -> _Info:
+    """`qemu-img info --output=json`.  Errors: ValueError."""
+    return _Info.model_validate_json(text)
+
+
+def _backing(machine: machines.Machine, target: str, path: str, found: _Info) -> Optional[Tuple[str, str]]:
+    written = found.written
     if written is None:
         if _says_backing(machine, path):
             raise errors.ImageUnreadable(target=target, reason=f"qemu-img does not tell the backing file of {_shown(path)}")
         return None
-    fmt = found.get("backing-filename-format")
-    if fmt is None:
+    if found.format is None:
         raise errors.ImageUnreadable(
             target=target,
             reason=f"{_shown(path)} does not record the format of its backing file, and it is not guessed "
             "(`qemu-img rebase -u -b FILE -F FORMAT` records it)",
         )
-    full = str(found.get("full-backing-filename", written))
+    full = written if found.full is None else found.full
     # QEMU takes a colon before the first slash for a protocol: nbd://, json:{...}.
-    if ":" in str(written).partition("/")[0] or not os.path.isabs(full):
-        raise errors.ImageUnreadable(target=target, reason=f"its backing file {_shown(str(written))} is no local file")
-    return full, str(fmt)
+    if ":" in written.partition("/")[0] or not os.path.isabs(full):
+        raise errors.ImageUnreadable(target=target, reason=f"its backing file {_shown(written)} is no local file")
+    return full, found.format
 
 
 def _says_backing(machine: machines.Machine, path: str) -> bool:
@@ -235,9 +269,8 @@ def _says_backing(machine: machines.Machine, path: str) -> bool:
     return header[:4] == b"QFI\xfb" and any(header[8:16])
 
 
-def _bitmaps(found: Dict[str, Any]) -> Dict[str, FrozenSet[str]]:
-    listed = found.get("format-specific", {}).get("data", {}).get("bitmaps", [])
-    return {str(one["name"]): frozenset(one["flags"]) for one in listed}
+def _bitmaps(found: _Info) -> Dict[str, FrozenSet[str]]:
+    return {one.name: frozenset(one.flags) for one in found.specific.data.bitmaps}
 
 
 def _changed(machine: machines.Machine, how: str, target: str, path: str, bitmap: str) -> None:
