@@ -42,6 +42,14 @@ Examples:
 @click.option(
     "--max-duration", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="End the job (14) after that."
 )
+@click.option(
+    "--max-chain",
+    metavar="N",
+    type=click.IntRange(1, 150),
+    default=60,
+    show_default=True,
+    help="Copy everything, and begin a new chain, when one has so many layers.",
+)
 @click.option("--audit", is_flag=True, help="Read whole disks and compare them with the backups (16 if they differ).")
 @click.option("--heal", is_flag=True, help="With --audit: store what differs.")
 @click.option("--allow-plaintext", is_flag=True, help="Store disks that QEMU encrypts, too: in plaintext.")

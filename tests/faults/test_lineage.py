@@ -221,7 +221,7 @@ def test_a_copy_as_old_as_the_newest_generation_still_knows_what_it_missed(keep:
     assert kept.modes() == {"vda": "incremental"}
 
 
-@pytest.mark.fault(11)
+@pytest.mark.fault(11, 48)
 def test_a_repository_put_back_from_an_older_copy(keep: Callable[..., Kept], tmp_path: Path) -> None:
     kept = keep()
     repository = kept.tool.repository

@@ -420,3 +420,19 @@ def test_damage_is_named_and_never_restored(tool: Tool, guest: PlainGuest, rng: 
 
 def test_the_first_difference_names_the_byte() -> None:
     assert plain.first_difference(b"a" * 5000, b"a" * 4999 + b"b") == 4999
+
+
+def test_a_chain_stays_under_the_length_that_was_asked_for(
+    tool: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path
+) -> None:
+    modes = []
+    for _ in range(5):
+        guest.random_writes(rng, "vda", 2)
+        made = tool.backup(guest, "--max-chain", "2")
+        modes.append((made["disks"][0]["mode"], made["disks"][0]["reason"]))
+    assert [mode for mode, _ in modes] == ["full", "incremental", "full", "incremental", "full"]
+    assert modes[2][1] == "the chain has 2 layers"
+    lineages = {d["change_id"].split("/")[0] for d in made["disks"]}  # tracking went on
+    shown = tool.run("show", guest.name, "--at", "1").result["generations"][0]["disks"]
+    assert lineages == {d["change_id"].split("/")[0] for d in shown}
+    same(tool.restored(guest, "latest", str(tmp_path)), models(guest))

@@ -58,7 +58,7 @@ def test_a_sparse_disk_of_a_tebibyte(folder: str) -> None:
     assert peaks[1] < peaks[0] + 8 * MIB
 
 
-@pytest.mark.fault(30)
+@pytest.mark.fault(30, 50)
 def test_a_million_fragments(folder: str) -> None:
     """Ten bytes of memory for each would show; so would the Python objects of more than one reply."""
     size = 1 << 36

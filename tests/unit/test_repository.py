@@ -104,6 +104,7 @@ def test_a_directory_that_is_not_writable(tmp_path: Path) -> None:
         assert as_nobody(lambda: Repository.open(str(tmp_path / "repo"))) == "RepositoryDenied"
 
 
+@pytest.mark.fault(49)
 def test_another_format(kept: store.DomainStore) -> None:
     path = os.path.join(kept.repository.path, "repository.json")
     os.unlink(path)

@@ -64,6 +64,7 @@ def kept(tmp_path: Path) -> store.DomainStore:
     return store.Repository.init(str(tmp_path / "repo")).domain(samples.UUID)
 
 
+@pytest.mark.fault(43)
 def test_ten_at_once_and_the_next_after_a_kill(kept: store.DomainStore) -> None:
     processes: List[subprocess.Popen[str]] = [holder(kept) for _ in range(10)]
     try:
