@@ -75,7 +75,7 @@ class _Look:
         self._runs = health.last_runs(repository)
         for one in self._runs:
             for message in one.host_failures:
-                self.problem("warning", None, f"the last run could not ask a host: {message}")
+                self.problem("warning", None, f"the last run was not complete: {message}")
 
     def expected(
         self, domains: Collection[str], places: Sequence[Place], connect: Optional[Callable[[Place], Session]]

@@ -33,6 +33,7 @@ class Fleet:
 
     runs: List[results.Run] = field(default_factory=list)
     failures: List[Tuple[str, errors.CbtError]] = field(default_factory=list)
+    reached: int = 0  # hosts that have answered
 
     def fail(self, session: Session, host: str, error: errors.CbtError) -> None:
         self.failures.append((host, error))
@@ -73,7 +74,9 @@ def fleet(session: Session, config: Config, places: Sequence[Place], domains: Co
     `session` is for the repository.  Errors: RunBusy; Usage without a policy; NoRepository and kin.
     """
     if not config.policy:
-        raise errors.Usage(reason="the configuration has no [policy.NAME]; libvirt-cbt.toml(5) and docs/automation.md show some")
+        files = ", ".join(config.files)
+        lacking = f"{files} has no [policy.NAME]" if files else "there is no /etc/libvirt-cbt.toml with a [policy.NAME]"
+        raise errors.Usage(reason=f"{lacking}: nothing says what is backed up; libvirt-cbt.toml(5) and docs/automation.md show it")
     repository = session.repository(make=not how.dry_run)
     hosts = [names.without_password(place.uri or session.uri or "") for place in places]
     started = datetime.now(timezone.utc)
@@ -92,7 +95,8 @@ def fleet(session: Session, config: Config, places: Sequence[Place], domains: Co
         except errors.Interrupted as e:
             found.fail(session, "", e)
         found.runs = [made for _, made in sorted(ended.items())]
-        if not how.dry_run:
+        # Some domains at noon are not the night's run, nor is a URI with a slip of the pen in it a host.
+        if not how.dry_run and not domains and (found.reached or runs.noted(repository, hosts)):
             runs.record(
                 repository,
                 hosts,
@@ -120,6 +124,7 @@ def _chosen(
         try:
             with how.connect(place) as there:
                 here = policies.named(policies.chosen(there, config, place), domains)
+                found.reached += 1
                 running.update({one.uuid: place.name for one in here if domain.alive(there.host, one.uuid)})
                 seen += here
         except errors.CbtError as e:

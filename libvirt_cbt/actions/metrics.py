@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from typing import Any, Dict, Final, Optional, Tuple
 
 from libvirt_cbt import errors
@@ -12,6 +13,7 @@ from libvirt_cbt.actions.session import Session
 from libvirt_cbt.repository import checked
 
 PREFIX: Final = "libvirt_cbt_"
+BEGIN: Final = f"# HELP {PREFIX}".encode()  # of every file that was written here
 WORK: Final = ("backup", "audit", "prune", "verify")
 DOMAIN: Final = ("domain", "uuid")
 # Name, what it is (units: bytes, seconds, times in seconds since 1970), labels.
@@ -113,10 +115,12 @@ def refresh(session: Session, path: str) -> None:
 
 
 def write(path: str, text: str) -> None:
-    """The file holds all of the text or all of the one before; everybody may read it.  Errors: OutputFailed.
+    """The file holds all of the text or all of the one before; everybody may read it.
 
     It lies in a folder of others, so nothing that is there already is written to, or followed.
+    Errors: OutputFailed; Usage for a file of anything else: a path is soon mistyped, and who calls this is root.
     """
+    _require_ours(path)
     part = f"{path}.{secrets.token_hex(8)}"  # without .prom: node_exporter reads no half of it
     try:
         fd = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -130,3 +134,19 @@ def write(path: str, text: str) -> None:
             raise
     except OSError as e:
         raise errors.OutputFailed(path=path, reason=e.strerror) from None
+
+
+def _require_ours(path: str) -> None:
+    try:
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            with os.fdopen(fd, "rb") as file:
+                ours = file.read(len(BEGIN)) in (BEGIN, b"")
+        else:
+            ours = False
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise errors.OutputFailed(path=path, reason=e.strerror) from None
+    if not ours:
+        raise errors.Usage(reason=f"{path} is there and holds no metrics of libvirt-cbt; name another file, or remove it first")

@@ -52,6 +52,13 @@ def _skipped(
     return None
 
 
+def require_known(domains: Collection[str], known: Collection[str]) -> None:
+    """`known` are the names and UUIDs of what the hosts have.  Errors: NotFound for the first that is none of them."""
+    for name in domains:
+        if name not in known:
+            raise errors.NotFound(reason=f"no host has a domain '{names.printable(name)}'; `libvirt-cbt config` lists them")
+
+
 def named(found: Sequence[Chosen], domains: Collection[str]) -> List[Chosen]:
     """Those of the domains that are named, by name or UUID; all when none is."""
     return [one for one in found if not domains or one.name in domains or one.uuid in domains]
@@ -63,7 +70,7 @@ def files(session: Session, config: Config) -> results.ConfigFiles:
 
 
 def configured(session: Session, config: Config, place: Place, domains: Collection[str] = ()) -> List[results.Configured]:
-    """What holds for each domain of a host, or those named.  Errors: NoHypervisor."""
+    """What holds for each domain of a host, or those named that it has.  Errors: NoHypervisor."""
     return [
         results.Configured(one.name, one.uuid, place.name, one.policy, one.skipped, one.rules.model_dump())
         for one in named(chosen(session, config, place), domains)

@@ -127,7 +127,8 @@ def _misused(error: click.ClickException, argv: List[str]) -> int:
     """A command line that makes no sense: one sentence, and with --json the document."""
     context = getattr(error, "ctx", None)
     where = context.command_path if context else "libvirt-cbt"
-    found = errors.Usage(reason=f"{error.format_message().rstrip('.')}; `{where} --help` shows examples")
+    sentence = " ".join(error.format_message().split()).rstrip(".")  # click lays choices out over lines
+    found = errors.Usage(reason=f"{sentence}; `{where} --help` shows examples")
     logs.error(found)
     if "--json" in argv:
         print(output.dumped(output.document([], found)))
@@ -164,4 +165,9 @@ def exit_code(argv: Optional[List[str]] = None) -> int:
         return int(e.code or 0)
     except BrokenPipeError:
         return 0
+    except errors.CbtError as e:  # of what a command looks at before its verb: the configuration, for example
+        logs.error(e)
+        if "--json" in (sys.argv[1:] if argv is None else argv):
+            print(output.dumped(output.document([], e)))
+        return e.code
     return 0

@@ -88,13 +88,13 @@ def _show(found: results.Checked) -> None:
     good = f"{len(found.domains)} domains, the newest backup of each at most {oldest / 3600:.1f} h old"
     figures = " ".join(_figure(figure) for figure in found.figures)
     output.say(f"LIBVIRT-CBT {found.state.upper()}: {told[0] + more if told else good}" + (f" | {figures}" if figures else ""))
-    for line in told[1 : MOST + 1]:
-        output.say(line)
+    for problem, line in list(zip(found.problems, told))[1 : MOST + 1]:
+        output.say(f"{problem.state}: {line}")
 
 
 def _told(problem: results.Problem) -> str:
     whose = f"{problem.domain}: " if problem.domain else ""
-    return _clean(f"{problem.state}: {whose}{problem.sentence}")
+    return _clean(whose + problem.sentence)
 
 
 def _clean(text: str) -> str:

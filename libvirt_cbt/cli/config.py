@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, List, Tuple, Union
 
@@ -32,7 +33,9 @@ def command(settings: output.Settings, domains: Tuple[str, ...], check: bool) ->
         raise click.UsageError("--check goes without domains")
     jobs: List[Callable[[Session], Any]] = [lambda session: _files(settings, session)]
     if not check:
-        jobs += [partial(_domains, settings, place, domains) for place in settings.places()]
+        found: List[List[results.Configured]] = []
+        jobs += [partial(_domains, settings, place, domains, found) for place in settings.places()]
+        jobs.append(lambda _: _unknown(domains, found, len(settings.places())))
     output.run(settings, jobs, partial(_show, full=bool(domains)))
 
 
@@ -43,12 +46,22 @@ def _files(settings: output.Settings, session: Session) -> results.ConfigFiles:
 
 
 def _domains(
-    settings: output.Settings, place: Place, domains: Tuple[str, ...], _session: Session
+    settings: output.Settings, place: Place, domains: Tuple[str, ...], found: List[List[results.Configured]], _: Session
 ) -> List[results.Configured]:
     from libvirt_cbt.actions import policies
 
     with settings.session(place=place) as session:
-        return policies.configured(session, settings.config, place, domains)
+        found.append(policies.configured(session, settings.config, place, domains))
+        return found[-1]
+
+
+def _unknown(domains: Tuple[str, ...], found: List[List[results.Configured]], hosts: int) -> List[results.Configured]:
+    """Whether all that were named are there is known when every host has answered."""
+    from libvirt_cbt.actions import policies
+
+    if len(found) == hosts:
+        policies.require_known(domains, [name for host in found for one in host for name in (one.domain, one.uuid)])
+    return []
 
 
 def _show(found: Union[results.ConfigFiles, results.Configured], *, full: bool) -> None:
@@ -63,4 +76,5 @@ def _show(found: Union[results.ConfigFiles, results.Configured], *, full: bool) 
     output.say(f", left out: {found.skipped}" if found.skipped else "")
     if full:
         for key, value in found.rules.items():
-            output.say(f"  {key} = {value!r}")
+            if value is not None:
+                output.say(f"  {key} = {json.dumps(value)}")  # as the file would have it

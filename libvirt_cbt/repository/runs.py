@@ -57,6 +57,11 @@ def alone(repository: Repository, hosts: Sequence[str]) -> Iterator[None]:
         yield
 
 
+def noted(repository: Repository, hosts: Sequence[str]) -> bool:
+    """Whether a run over these hosts was recorded before."""
+    return os.path.exists(os.path.join(repository.path, f"run-{key(hosts)}.json"))
+
+
 def record(
     repository: Repository,
     hosts: Sequence[str],

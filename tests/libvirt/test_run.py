@@ -179,7 +179,7 @@ def test_monitoring_misses_what_was_never_backed_up(runs: Runs, plain_guest: Mak
     assert 'libvirt_cbt_backups{domain="kept"' in textfile.read_text()
     assert runs.check() == (0, "LIBVIRT-CBT OK: 1 domains, the newest backup of each at most 0.0 h old")
     plain_guest(Disk("vda", MIB), name="new", start=False)
-    assert runs.check() == (2, "LIBVIRT-CBT CRITICAL: critical: new: it was never backed up")
+    assert runs.check() == (2, "LIBVIRT-CBT CRITICAL: new: it was never backed up")
     assert runs.check("--offline")[0] == 0  # the repository alone cannot know
 
 

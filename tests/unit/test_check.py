@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
+from prometheus_client import parser
 
 import libvirt_cbt
 from libvirt_cbt import cli, config, errors, names
@@ -182,11 +183,11 @@ def test_the_line_of_a_plugin(repository: store.Repository, capfd: pytest.Captur
     assert [bool(FIGURE.fullmatch(f)) for f in re.findall(r"'(?:[^']|'')+'=\S+", figures)] == [True] * 3
     assert "'it''s_a_b age'=3600.0s;93600;180000;0" in figures
     code, lines = run(capfd, "-r", repository.path, "check", "--warning-age", "30min", "--critical-age", "45min", *free)
-    assert (code, lines[0].split(" (")[0]) == (2, "LIBVIRT-CBT CRITICAL: critical: it's/a=b: its newest backup is 1.0 h old")
+    assert (code, lines[0].split(" (")[0]) == (2, "LIBVIRT-CBT CRITICAL: it's/a=b: its newest backup is 1.0 h old")
     code, lines = run(capfd, "-r", repository.path, "check", "--warning-free", "101")
     assert code == 3 and len(lines) == 1 and lines[0].startswith("LIBVIRT-CBT UNKNOWN: Invalid value for '--warning-free'")
     code, lines = run(capfd, "-r", "/nonexistent", "check")
-    assert code == 3 and lines[0].startswith("LIBVIRT-CBT UNKNOWN: unknown: no repository at /nonexistent")
+    assert code == 3 and lines[0].startswith("LIBVIRT-CBT UNKNOWN: no repository at /nonexistent")
     code, lines = run(capfd, "--config", "/nonexistent", "check")
     assert code == 3 and lines[0].startswith("LIBVIRT-CBT UNKNOWN: /nonexistent: ")
     code, lines = run(capfd, "--config", "/nonexistent", "--json", "check")
@@ -225,23 +226,35 @@ def test_metrics(repository: store.Repository, tmp_path: Path, capfd: pytest.Cap
     assert shown['libvirt_cbt_run_last_failed{hosts="x:///,y:///"}'] == 1
     assert shown["libvirt_cbt_repository_free_bytes"] <= shown["libvirt_cbt_repository_size_bytes"]
     assert {name.split("{")[0] for name in shown} == {metrics.PREFIX + name for name in metrics.GAUGES}
+    families = list(parser.text_string_to_metric_families("\n".join(lines) + "\n"))
+    assert {(one.type, bool(one.documentation)) for one in families} == {("gauge", True)}
+    samples_ = {(s.name, *s.labels.values()): s.value for one in families for s in one.samples}
+    assert len(samples_) == len(shown) and samples_["libvirt_cbt_backups", 'a"b\\c', samples.UUID] == 1
     file = tmp_path / "x.prom"
-    code, lines = run(capfd, "-r", repository.path, "metrics", "--textfile", str(file))
-    assert (code, lines) == (0, [])
+    for _ in range(2):  # the second over the first
+        assert run(capfd, "-r", repository.path, "metrics", "--textfile", str(file)) == (0, [])
     assert set(values(file.read_text())) == set(shown)
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
 
 
 def test_the_text_file_is_replaced_and_nothing_else_is_touched(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    kept.write_text("kept")
+    kept.write_text("root:x:0:0::/:/bin/sh\n")
+    link = tmp_path / "link"
+    link.symlink_to(kept)
+    for other in (kept, link):  # a slip of the pen, as root
+        with pytest.raises(errors.Usage, match=f"{other} is there and holds no metrics of libvirt-cbt; name another"):
+            metrics.write(str(other), "new")
+    assert link.is_symlink() and kept.read_text().startswith("root")
+    link.unlink()
     file = tmp_path / "x.prom"
-    file.symlink_to(kept)
-    metrics.write(str(file), "new")
-    assert (file.read_text(), file.is_symlink(), kept.read_text()) == ("new", False, "kept")
+    file.touch()
+    for text in ("# HELP libvirt_cbt_backups Backups\n", "# HELP libvirt_cbt_marks Marks\n"):
+        metrics.write(str(file), text)
+        assert file.read_text() == text
     with pytest.raises(errors.OutputFailed):
         metrics.write(str(tmp_path / "none" / "x.prom"), "x")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(errors.OutputFailed):
+    with pytest.raises(errors.Usage):
         metrics.write(str(tmp_path / "folder"), "x")
     assert sorted(os.listdir(tmp_path)) == ["folder", "kept", "x.prom"]
