@@ -140,9 +140,12 @@ def read(path: str, limit: int) -> bytes:
     """A small regular file, not through a link.  Errors: OSError; ValueError when it is longer than `limit` bytes."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
-        data = file.read(limit + 1)
+        data = file.read(min(status.st_size, limit) + 1)  # Python makes room for as much as is asked for
+        if len(data) > status.st_size:
+            data += file.read(max(0, limit + 1 - len(data)))
     if len(data) > limit:
         raise ValueError(f"it is longer than {limit} bytes")
     return data

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator
 
 from libvirt_cbt import durable, errors, names
 
@@ -17,15 +17,13 @@ from libvirt_cbt import durable, errors, names
 def exclusive(
     path: str,
     repository: str,
-    domain: str,
+    busy: Callable[[str], errors.CbtError],
     wait: float = 0,
     stop: Callable[[], None] = lambda: None,
-    *,
-    busy: Optional[Callable[[str], errors.CbtError]] = None,
 ) -> Iterator[None]:
     """Holds the lock; the kernel lets go of it when the holder dies.
 
-    Errors: RepositoryBusy naming the owner, or what `busy` makes of the owner's name.
+    Errors: what `busy` makes of the owner's name.
     `wait` is in seconds; `stop` is called ten times a second while waiting and may raise.
     """
     with durable.explained(repository, path):
@@ -36,9 +34,7 @@ def exclusive(
             stop()
             if time.monotonic() >= deadline:
                 owner = names.printable(os.pread(fd, 300, 0).decode(errors="replace").strip()) or "another process"
-                if busy:
-                    raise busy(owner)
-                raise errors.RepositoryBusy(domain=domain, repository=repository, owner=owner)
+                raise busy(owner)
             time.sleep(0.1)
         _sign(fd)
         yield

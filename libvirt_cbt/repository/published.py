@@ -86,6 +86,15 @@ class Published:
         """Reads the generations anew when they are next asked for."""
         self._generations = None
 
+    def grown(self, backup: str) -> None:
+        """One more was published, under the lock: the others are as they were when they were read under it."""
+        if self._generations is not None:
+            try:
+                made = self._current(names.BackupId(backup))
+            except errors.CbtError:
+                made = None
+            self._generations = sorted([*self._generations, made], key=lambda m: m.generation) if made else None
+
     def unplaced(self) -> List[Unread]:
         """Those of `unread` of which it is not known that they are older than the newest of `generations`, at most.
 

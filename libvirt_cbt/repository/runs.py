@@ -53,7 +53,7 @@ def key(hosts: Sequence[str]) -> str:
 def alone(repository: Repository, hosts: Sequence[str]) -> Iterator[None]:
     """Errors: RunBusy."""
     path = os.path.join(repository.path, f"run-{key(hosts)}.lock")
-    with lock.exclusive(path, repository.path, "", busy=lambda owner: errors.RunBusy(repository=repository.path, owner=owner)):
+    with lock.exclusive(path, repository.path, lambda owner: errors.RunBusy(repository=repository.path, owner=owner)):
         yield
 
 

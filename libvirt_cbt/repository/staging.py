@@ -87,7 +87,7 @@ class Staging:
 
     def _seen(self) -> None:
         self.published = True
-        self._kept._generations = None  # noqa: SLF001 -- the same room
+        self._kept.grown(self.intent.id)
 
     def close(self) -> None:
         for writer in self._writers.values():

@@ -166,12 +166,15 @@ class DomainStore(published.Published):
             for path in (self.path, os.path.join(self.path, "staging"), os.path.join(self.path, "backups")):
                 durable.ensure_directory(path)
             self.reserve()
+        self.refresh()
+        return lock.exclusive(os.path.join(self.path, "lock"), self.repository.path, self._busy, wait, stop)
+
+    def _busy(self, owner: str) -> errors.RepositoryBusy:
         try:
             name = self.name
         except errors.Damaged:
             name = self.uuid  # `verify` says what is damaged; the lock is only named here
-        self.refresh()
-        return lock.exclusive(os.path.join(self.path, "lock"), self.repository.path, name, wait, stop)
+        return errors.RepositoryBusy(domain=name, repository=self.repository.path, owner=owner)
 
     def reserve(self) -> None:
         """Keeps a little room for a prune on a full disk; without any there is none."""

@@ -190,3 +190,24 @@ def test_deltas_past_a_damaged_one(kept: store.DomainStore) -> None:
         pass
     with seen.deltas("vda", 2, 3, lineage=samples.LINEAGE) as found:
         assert extents.total(found.union(0, samples.SIZE)) > 0
+
+
+def test_what_is_published_is_read_once(kept: store.DomainStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long history costs a run one reading: not one for the lock, nor one more for its own generation."""
+    published(kept, "fii")
+    read: List[str] = []
+    before = durable.read
+
+    def counted(path: str, limit: int) -> bytes:
+        read.append(os.path.basename(path))
+        return before(path, limit)
+
+    monkeypatch.setattr(durable, "read", counted)
+    again = kept.repository.domain(kept.uuid)
+    with pytest.raises(errors.RepositoryBusy, match="'vm'"), again.lock():
+        pass
+    read.clear()
+    made = samples.publish(kept, parent=kept.generations()[-1].id)
+    assert kept.generations()[-1] == made
+    assert [m.id for m in kept.generations()] == [m.id for m in kept.repository.domain(kept.uuid).generations()]
+    assert read.count("manifest.json") == 3 + 1 + 4
