@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Dict, List, Tuple
+from typing import Dict, List, Mapping, Tuple
 
 import numpy as np
 
 from libvirt_cbt import extents, places
-from libvirt_cbt.actions import results
+from libvirt_cbt.actions import pulling, results
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import audit, copy, server
@@ -21,9 +21,9 @@ Missed = Dict[str, extents.Extents]
 
 
 def audited(
-    session: Session, kept: store.DomainStore, fleece: Fleece, options: Options
+    session: Session, kept: store.DomainStore, fleece: Fleece, options: Options, again: Mapping[str, extents.Extents]
 ) -> Tuple[List[results.Audited], Missed]:
-    """Every disk that is copied as an increment: counts, and by target the extents that no bitmap told of.
+    """Every disk that is copied as an increment: counts, and by target the extents that no bitmap told of.  `again` is copied anyhow.
 
     Errors: SourceLost and kin, Damaged for a chain that cannot be opened at all.
     """
@@ -49,7 +49,7 @@ def audited(
                     chain=stack.enter_context(server.chain(layers, run_dir)),
                     capacity=disk.disk.capacity,
                     bitmap=export.context,
-                    also=marks.union,
+                    also=pulling.with_also(marks.union, again.get(disk.target)),
                     differs=found[disk.target].append,
                 )
             )

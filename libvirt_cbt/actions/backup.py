@@ -11,6 +11,7 @@ from libvirt_cbt.actions import (
     auditing,
     events,
     fleecing,
+    healing,
     opening,
     phases,
     planning,
@@ -52,19 +53,21 @@ def backup(
 
     `domain_name` is a name, UUID or id; `wait` and `max_duration` are seconds: for other work on the domain to end, and
     for the job to last at most.  `audit` reads whole disks and compares them with the chain; what differs and was not
-    told of by a bitmap ends the run (AuditFailed), or with `heal` is stored and counts as changed now.  With
-    `require_all` a disk that cannot be backed up is an error, unless `disks` or `exclude` leave it out.  A disk that QEMU
-    encrypts is stored in plaintext, with `allow_plaintext`, or not at all.  A `dry_run` estimates and changes nothing.
+    told of by a bitmap ends the run (AuditFailed), or with `heal` is stored and counts as changed now.  `heal` also holds
+    what the backups below show against its digests, stores what is damaged again, and writes damaged layers anew where
+    the guest still holds their bytes.  With `require_all` a disk that cannot be backed up is an error, unless `disks` or
+    `exclude` leave it out.  A disk that QEMU encrypts is stored in plaintext, with `allow_plaintext`, or not at all.  A
+    `dry_run` estimates and changes nothing.
     A chain ends with `max_chain` layers.
     Errors: NoSuchDomain, NoSuchDisk, DiskUnprotected, WouldBePlaintext, DomainBusy, ImageInUse, RepositoryBusy, HookStopped,
     NotConsistent (with quiesce "agent"), ScratchSpace and kin, SourceLost, RepositoryError and kin; nothing is published
     then, and the next run is an increment.
     """
-    _require_sense(compress, audit=audit, heal=heal)
+    _require_sense(compress)
     request = Request(
         False, full, tuple(disks), tuple(exclude), quiesce, scratch_dir, max_duration, allow_plaintext, max_chain
     )
-    begun = time.monotonic()
+    begun, options = time.monotonic(), options or Options()
     if dry_run:
         return _estimate(session, domain_name, request, require_all=require_all)
     with phases.around(session, "backup", domain_name) as hooks:
@@ -73,31 +76,34 @@ def backup(
         with outcomes.noted(kept, "backup", *(("audit",) if audit else ())), kept.lock(wait, session.watch.stop):
             warnings = opening.prepared(session, kept, domain_name, wait)
             plan = _planned(session, kept, request, require_all=require_all)
-            hooks.preflight(plan)
-            with opening.opened(session, kept, plan, hooks) as fleece:
+            ills = healing.looked(session, kept, plan, options) if heal else healing.healthy(plan)
+            hooks.preflight(ills.plan)
+            with opening.opened(session, kept, ills.plan, hooks) as fleece:
                 fleece.warnings += warnings
                 hooks.ready(fleece)
-                audits, missed = _audited(session, kept, fleece, options or Options(), heal=heal) if audit else (None, {})
+                audits, missed = (
+                    _audited(session, kept, fleece, options, ills.again, heal=heal) if audit else (None, {})
+                )
                 zstd = compress == "zstd"
-                reads = pulling.pulled(session, kept, fleece, options or Options(), compress=zstd, missed=missed)
+                reads = pulling.pulled(session, kept, fleece, options, compress=zstd, missed=missed, again=ills.again)
                 fleece.close()
                 hooks.disks_done(reads)
-                fleece.warnings += hooks.complaints() + events.unsure(kept, plan.disks, audits or [])
+                fleece.warnings += hooks.complaints() + events.unsure(kept, ills.plan.disks, audits or [])
                 made, layers = recording.recorded(fleece, reads)
                 session.watch.stop()
                 fleece.stage.publish(made, layers)
             events.settled(kept, made, audits or [])
             recover.retire(session, kept)
+            healed = healing.mended(session, kept, made, ills.ill, options, compress=zstd)
         result = telling.backup(made, round(time.monotonic() - begun, 3), audits)
+        result = replace(result, healed=healed, warnings=result.warnings + healing.sentences(healed))
         return replace(result, warnings=result.warnings + hooks.committed(kept, made, result))
 
 
-def _require_sense(compress: str, *, audit: bool, heal: bool) -> None:
+def _require_sense(compress: str) -> None:
     """Errors: Usage."""
     if compress not in ("zstd", "none"):
         raise errors.Usage(reason=f"compress is zstd or none, not '{compress}'")
-    if heal and not audit:
-        raise errors.Usage(reason="--heal stores what --audit finds; give both")
 
 
 def _planned(session: Session, kept: store.DomainStore, request: Request, *, require_all: bool) -> fleecing.Plan:
@@ -108,9 +114,15 @@ def _planned(session: Session, kept: store.DomainStore, request: Request, *, req
 
 
 def _audited(
-    session: Session, kept: store.DomainStore, fleece: fleecing.Fleece, options: Options, *, heal: bool
+    session: Session,
+    kept: store.DomainStore,
+    fleece: fleecing.Fleece,
+    options: Options,
+    again: healing.Again,
+    *,
+    heal: bool,
 ) -> Tuple[List[results.Audited], auditing.Missed]:
-    audits, missed = auditing.audited(session, kept, fleece, options)
+    audits, missed = auditing.audited(session, kept, fleece, options, again)
     wrong = [one for one in audits if one.differing_bytes]
     if wrong and not heal:
         raise errors.AuditFailed(

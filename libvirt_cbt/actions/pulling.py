@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Dict, Iterator, Mapping, Optional
+from typing import Callable, Dict, Iterator, Mapping, Optional
 
 from libvirt_cbt import extents, places
 from libvirt_cbt.actions.fleecing import Fleece
@@ -35,8 +35,10 @@ def pulled(
     *,
     compress: bool = True,
     missed: Mapping[str, extents.Extents] = MappingProxyType({}),
+    again: Mapping[str, extents.Extents] = MappingProxyType({}),
 ) -> Dict[str, Read]:
     """Reads all disks at once; by target.  `missed`: what no bitmap told of, by target; it counts as changed, too.
+    `again`: what increments copy besides, though it did not change.
 
     Errors: those of copy.pull, of `fleece.stop`, Damaged.
     """
@@ -66,20 +68,27 @@ def pulled(
                     copy=disk.copy,
                     expected=disk.estimate,
                     sink=sink,
-                    also=earlier.union,
+                    also=with_also(earlier.union, again.get(disk.target)),
                     delta=deltas[disk.target].append,
                     contents=contents[disk.target].append if sink else _nowhere,
                     extra_dirty=partial(extents.clip, missed.get(disk.target, extents.empty())),
                 )
             )
         with fleece.reading():
-            counts = copy.pull(
-                pulls, options, progress=session.watch.progress, stop=fleece.stop, alive=fleece.alive
-            )
+            counts = copy.pull(pulls, options, progress=session.watch.progress, stop=fleece.stop, alive=fleece.alive)
     return {
         disk.target: _finished(fleece, disk, one, deltas[disk.target], contents.get(disk.target))
         for disk, one in zip(plan.disks, counts)
     }
+
+
+def with_also(
+    union: Callable[[int, int], extents.Extents], more: Optional[extents.Extents]
+) -> Callable[[int, int], extents.Extents]:
+    """A union of deltas by window, and further extents in it."""
+    if more is None or not len(more):
+        return union
+    return lambda low, high: extents.unite([union(low, high), more], low, high)
 
 
 def _nowhere(_: extents.Extents) -> None:

@@ -83,6 +83,20 @@ class Audited:
 
 
 @dataclass(frozen=True)
+class Healed:
+    """A layer that was damaged.  What the guest holds of it is in the new backup; mended: it is whole itself, too, or `left`
+    says why not.  Lost: bytes of it that the newest backup before showed.
+    """
+
+    target: str
+    backup: str
+    lost_bytes: int
+    reason: str
+    mended: bool
+    left: Optional[str]
+
+
+@dataclass(frozen=True)
 class Backup:
     domain: str
     uuid: str
@@ -96,6 +110,7 @@ class Backup:
     warnings: List[str]
     dry_run: bool = False
     audit: Optional[List[Audited]] = None
+    healed: List[Healed] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ Examples:
     help="Copy everything, and begin a new chain, when one has so many layers.",
 )
 @click.option("--audit", is_flag=True, help="Read whole disks and compare them with the backups (16 if they differ).")
-@click.option("--heal", is_flag=True, help="With --audit: store what differs.")
+@click.option("--heal", is_flag=True, help="Store again what of the backups is damaged, and what an audit finds.")
 @click.option("--allow-plaintext", is_flag=True, help="Store disks that QEMU encrypts, too: in plaintext.")
 @click.option("--dry-run", is_flag=True, help="Estimate, change nothing.")
 @copying.options
