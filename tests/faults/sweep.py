@@ -1,7 +1,7 @@
 """The crash sweep: a command is killed at each of its calls that leave something, and then nothing may be lost.
 
 After each kill the guest writes on, and the next backup has to work unaided; a restore, verify or recover that was
-killed is run again.  See `world` for what is judged, `tracer` for where is killed.  A backup's kill hits the tool alone
+killed is run again.  See `world` for what is judged, `tracer` for where is killed, `pruning` for the commands `prune-...`.  A backup's kill hits the tool alone
 (its guardian lives on) or, in `increment-group`, all processes of ours at once, as systemd ends a unit.
 """
 
@@ -16,17 +16,16 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Callable, Final, List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
-from tests.faults import tracer
+import pytest
+
+from libvirt_cbt import errors
+from tests.faults import pruning, tracer
 from tests.faults.commands import COMMANDS, Command
 from tests.faults.tracer import Point
 from tests.faults.world import LEFT, World
 from tests.guests import daemon
-
-# After a call of these kinds somebody else acts on it, or it is the last of its kind; after the others comes the next
-# call, before which is killed anyway.
-AFTER_TOO: Final = ("libvirt", "spawn", "pipe", "rename", "link")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Sweep:
         ended, found = tracer.points(command.arguments(self.world), self.world.tool.environment())
         assert ended.code == 0, ended
         self._judged(name, "left alone", command.judge(self.world, ended))
-        return [(point, what) for point, what in found if not point.after or point.kind in AFTER_TOO]
+        return [(point, what) for point, what in found if not point.after or point.kind in tracer.AFTER_TOO]
 
     def kill(self, name: str, point: Point) -> Optional[str]:
         """Kills a run at a point and judges; the call that it was at, or None when the run had no such point."""
@@ -141,24 +140,61 @@ def sample(points: Sequence[Tuple[str, Point]], number: int, rng: random.Random)
     for name, kind in rng.sample(kinds, min(number, len(kinds))):
         chosen.append((name, rng.choice([p for n, p in points if n == name and p.kind == kind])))
     rest = [one for one in points if one not in chosen]
-    return sorted(chosen + rng.sample(rest, min(number - len(chosen), len(rest))), key=lambda c: list(COMMANDS).index(c[0]))
+    return sorted(
+        chosen + rng.sample(rest, min(number - len(chosen), len(rest))), key=lambda c: list(COMMANDS).index(c[0])
+    )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="script/sweep", description="Kills the tool at every step; nothing may be lost.")
-    parser.add_argument("--sample", type=int, metavar="N", help="only N points, drawn by --seed")
-    parser.add_argument("--seed", type=int, help="of the guest's writes and the sample; printed")
-    parser.add_argument("--point", action="append", default=[], help="only this point (KIND:NUMBER, as of a LOSS line)")
-    parser.add_argument("--list", action="store_true", help="print the points of each command and kill nothing")
-    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=", ".join(COMMANDS))
-    asked = parser.parse_args()
-    unknown = set(asked.commands) - set(COMMANDS)
-    if unknown:
-        parser.error(f"no command {', '.join(sorted(unknown))}; there are {', '.join(COMMANDS)}")
-    seed = asked.seed if asked.seed is not None else random.SystemRandom().getrandbits(32)
+def prunes(name: str, seed: int, asked: argparse.Namespace) -> List[Loss]:
+    """The same for one kind of prune, which needs no guest; figures and losses are printed."""
+    rng = random.Random(f"{seed} {name}")
+    report, losses, begun = Report(name), [], time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="cbt-sweep-") as folder, pruning.killing(folder, name, rng) as killing:
+        every = killing.points()
+        if asked.list:
+            print("\n".join(f"{name} {point} {what.replace(folder, '')}" for point, what in every))
+            return []
+        for _, point in narrowed([(name, point) for point, _ in every], [name], asked, rng):
+            report.points += 1
+            try:
+                report.missed += killing.kill(point) == pruning.MISSED
+            except (
+                AssertionError,
+                TimeoutError,
+                subprocess.SubprocessError,
+                errors.CbtError,
+                pytest.fail.Exception,
+            ) as e:
+                losses.append(Loss(name, str(point), f"{type(e).__name__}: {e}".replace(folder, "")))
+                print(f"LOSS: {name} {point}: {losses[-1].complaint}", flush=True)
+    report.losses, report.seconds = len(losses), time.monotonic() - begun
+    tell(report)
+    return losses
+
+
+def narrowed(
+    every: Sequence[Tuple[str, Point]], names: Sequence[str], asked: argparse.Namespace, rng: random.Random
+) -> List[Tuple[str, Point]]:
+    """Those of all points that were asked for."""
+    chosen = list(every)
+    if asked.point:
+        chosen = [(n, Point.parse(p)) for n in names for p in asked.point]
+    elif asked.sample:
+        chosen = sample(chosen, asked.sample, rng)
+    part, parts = asked.part
+    return chosen[part - 1 :: parts]
+
+
+def tell(report: Report) -> None:
+    print(
+        f"{report.command}: {report.points} kill points ({report.missed} not reached), {report.losses} losses, "
+        f"{report.seconds / max(1, report.points):.1f} s each",
+        flush=True,
+    )
+
+
+def with_a_guest(names: Sequence[str], seed: int, asked: argparse.Namespace) -> List[Loss]:
     rng = random.Random(seed)
-    names = asked.commands or list(COMMANDS)
-    print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="cbt-sweep-") as folder, daemon.Daemon() as host:
         with World(host, folder) as world:
             sweep = Sweep(world, seed)
@@ -167,24 +203,53 @@ def main() -> int:
             if asked.list:
                 for name, point, what in every:
                     print(name, point, world.short(what))
-                return 1 if sweep.losses else 0
-            chosen = [(n, p) for n, p, _ in every]
-            if asked.point:
-                chosen = [(n, Point.parse(p)) for n in names for p in asked.point]
-            elif asked.sample:
-                chosen = sample(chosen, asked.sample, rng)
+                return sweep.losses
+            chosen = narrowed([(n, p) for n, p, _ in every], names, asked, rng)
             for name in names:
                 points = [p for n, p in chosen if n == name]
-                report = sweep.command(name, points, lambda line: print(line, flush=True))
-                print(
-                    f"{name}: {report.points} kill points ({report.missed} not reached), {report.losses} losses, "
-                    f"{report.seconds / max(1, report.points):.1f} s each",
-                    flush=True,
-                )
-    for loss in {f"{one.command} {one.point}": one for one in sweep.losses}.values():
+                tell(sweep.command(name, points, lambda line: print(line, flush=True)))
+            return sweep.losses
+
+
+def _part(text: str) -> Tuple[int, int]:
+    part, _, parts = text.partition("/")
+    found = int(part), int(parts)
+    if not 1 <= found[0] <= found[1]:
+        raise ValueError
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="script/sweep", description="Kills the tool at every step; nothing may be lost."
+    )
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="only N points, drawn by --seed (of each kind of prune)"
+    )
+    parser.add_argument("--seed", type=int, help="of the guest's writes and the sample; printed")
+    parser.add_argument("--point", action="append", default=[], help="only this point (KIND:NUMBER, as of a LOSS line)")
+    parser.add_argument(
+        "--part", type=_part, metavar="I/N", default=(1, 1), help="only each Nth point, from the Ith on"
+    )
+    parser.add_argument("--list", action="store_true", help="print the points of each command and kill nothing")
+    known = [*COMMANDS, *pruning.SHAPES]
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=", ".join(known))
+    asked = parser.parse_args()
+    unknown = set(asked.commands) - set(known)
+    if unknown:
+        parser.error(f"no command {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    seed = asked.seed if asked.seed is not None else random.SystemRandom().getrandbits(32)
+    names = asked.commands or known
+    print(f"seed {seed}", flush=True)
+    guests = [name for name in names if name in COMMANDS]
+    losses = with_a_guest(guests, seed, asked) if guests else []
+    for name in names:
+        if name in pruning.SHAPES:
+            losses += prunes(name, seed, asked)
+    for loss in {f"{one.command} {one.point}": one for one in losses}.values():
         where = "--list" if loss.point == "left alone" else f"--point {loss.point.split(' ')[0]}"
         print(f"again: script/sweep --seed {seed} {where} {loss.command}")
-    return 1 if sweep.losses else 0
+    return 1 if losses else 0
 
 
 if __name__ == "__main__":

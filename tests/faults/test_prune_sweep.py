@@ -2,176 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import shutil
 import signal
 import tempfile
-import time
-from dataclasses import dataclass
-from typing import Callable, Dict, Final, Iterator, List, Sequence, Tuple
+from typing import Final, Iterator, List, Sequence
 
 import pytest
 
 from libvirt_cbt import errors
 from libvirt_cbt.repository import pins
-from tests.faults import sweep, tracer
+from tests.faults import tracer
+from tests.faults.pruning import SHAPES, Killing, killing
 from tests.faults.tracer import Point
-from tests.nbd.conftest import MIB
-from tests.nbd.histories import History, drain, fill, flood, tmpfs
+from tests.nbd.histories import drain
 from tests.unit import repository_samples as samples
 
-SAMPLE = 10
-# How long the writers of a prune that is killed go on before: all that was sent to them is in flight, or done.
-PAUSES: Final = (0.0, 0.0, 0.002, 0.02)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A repository, and what is taken away of it; on a `full` disk in steps."""
-
-    make: Callable[[str, random.Random], History]
-    removed: Tuple[str, ...]
-    kept: Tuple[int, ...]
-    left: Tuple[int, ...]
-    forget: bool = False
-    full: bool = False
-
-
-def growing(folder: str, rng: random.Random) -> History:
-    made = History(folder, MIB + 512)
-    for generation in range(6):
-        made.write(rng)
-        if generation == 3:
-            made.grow("vda", made.disks["vda"].size + 65536)
-        made.generation()
-    return made
-
-
-def two_disks(folder: str, rng: random.Random) -> History:
-    made = History(folder, MIB, MIB // 2 + 65536, compress=False, cluster=4096)
-    for generation in range(6):
-        made.write(rng)
-        made.generation(mark=generation == 2, only=["vda"] if generation == 3 else [])
-    return made
-
-
-def dense(folder: str, rng: random.Random) -> History:
-    """Incompressible, and written over again and again: every merge hides much."""
-    made = History(folder, 2 * MIB)
-    for _ in range(5):
-        for _ in range(4):
-            fill(made, rng, "vda", rng.randrange(24) * 65536, rng.randrange(1, 8) * 65536)
-        made.write(rng)
-        made.generation()
-    return made
-
-
-def filled(folder: str, rng: random.Random) -> History:
-    made = History(folder, 8 * MIB, compress=False)
-    for number in range(4):
-        fill(made, rng, "vda", (number % 2) * 4 * MIB, 4 * MIB)
-        fill(made, rng, "vda", (number % 2) * 4 * MIB + MIB, MIB)
-        made.generation()
-    return made
-
-
-SHAPES: Final[Dict[str, Shape]] = {
-    # The oldest twice in a row, one in the middle, and what lies before the oldest that is left is forgotten.
-    "growing": Shape(growing, ("1", "2", "4"), (3, 5, 6), (3, 4, 5, 6), forget=True),
-    "two disks": Shape(two_disks, ("2", "5"), (1, 4, 6), (1, 2, 3, 4, 5, 6)),
-    "all but the newest": Shape(dense, ("1", "2", "3", "4"), (5,), (1, 2, 3, 4, 5)),
-    "a full disk": Shape(filled, ("1", "2", "3"), (4,), (1, 2, 3, 4), full=True),
-}
+SAMPLE: Final = 10
 
 
 @pytest.fixture
 def folder() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="sweep-") as path:
         yield path
-
-
-class Killing:
-    """The same prune of the same repository, again and again."""
-
-    def __init__(self, folder: str, shape: Shape, rng: random.Random) -> None:
-        self.folder, self.shape, self.rng = folder, shape, rng
-        self.place = os.path.join(folder, "place")
-        os.makedirs(self.place, exist_ok=True)
-        self.history = shape.make(self.place, rng)
-        self.history.proofs = folder
-        self.begun = os.path.join(folder, "begun")
-        shutil.copytree(self.history.repository.path, self.begun)
-
-    @property
-    def arguments(self) -> List[str]:
-        removes = [x for number in self.shape.removed for x in ("--remove", number)]
-        forget = ["--forget"] if self.shape.forget else []
-        return ["-c", "test:///default", "-r", self.history.repository.path, "prune", samples.UUID, *removes, *forget]
-
-    @property
-    def environment(self) -> Dict[str, str]:
-        return {**os.environ, "LIBVIRT_CBT_RUN_DIR": os.path.join(self.folder, "run")}
-
-    def begin(self) -> None:
-        shutil.rmtree(self.history.repository.path)
-        shutil.copytree(self.begun, self.history.repository.path)
-        if self.shape.full:
-            flood(self.place)
-
-    def points(self) -> List[Tuple[Point, str]]:
-        self.begin()
-        ended, found = tracer.points(self.arguments, self.environment)
-        assert ended.code == 0, ended.stderr
-        self.judge_the_end()
-        return [(point, what) for point, what in found if not point.after or point.kind in sweep.AFTER_TOO]
-
-    def kill(self, point: Point) -> str:
-        """What the run was at; all is judged."""
-        self.begin()
-        hits: List[str] = []
-        pause = self.rng.choice(PAUSES)
-
-        def at(here: Point, what: str, pid: int) -> None:
-            if here == point:
-                hits.append(what)
-                time.sleep(pause)
-                os.kill(pid, signal.SIGKILL)
-
-        ended = tracer.run(self.arguments, self.environment, at)
-        if not hits:
-            assert ended.code == 0
-            return "not reached"
-        assert ended.code == -signal.SIGKILL
-        if self.shape.full:
-            drain(self.place)
-        # Every backup that is listed is whole, and those that were to be kept are listed.
-        self.history.prove(settled=False)
-        assert set(self.shape.kept) <= {m.generation for m in self.history.backups()}
-        found = self.history.prune(remove=self._left(), forget=self.shape.forget)
-        assert not found.skipped, found.skipped
-        self.judge_the_end()
-        return f"{hits[0]} after {pause} s"
-
-    def _left(self) -> List[str]:
-        known = {m.generation for m in self.history.repository.domain(samples.UUID).generations()}
-        return [number for number in self.shape.removed if int(number) in known]
-
-    def judge_the_end(self) -> None:
-        if self.shape.full:
-            drain(self.place)
-        self.history.prove()
-        kept = self.history.repository.domain(samples.UUID)
-        assert tuple(m.generation for m in self.history.backups()) == self.shape.kept
-        assert tuple(m.generation for m in kept.generations()) == self.shape.left
-
-
-@contextlib.contextmanager
-def killing(folder: str, name: str, rng: random.Random) -> Iterator[Killing]:
-    shape = SHAPES[name]
-    with tmpfs(os.path.join(folder, "place"), "80m") if shape.full else contextlib.nullcontext():
-        yield Killing(folder, shape, rng)
 
 
 def every(sweeping: Killing, chosen: Sequence[Point]) -> None:
@@ -210,7 +63,7 @@ def test_a_prune_that_is_killed_at_every_step(folder: str, name: str, rng: rando
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
 def test_what_lies_below_a_layer_on_its_way_out_is_needed(folder: str, rng: random.Random) -> None:
     """A backup in the middle is no backup any more as soon as its merge goes in steps, but what is below it still is."""
-    with killing(folder, "a full disk", rng) as sweeping:
+    with killing(folder, "prune-full-disk", rng) as sweeping:
         history = sweeping.history
         third, fourth = (m.id for m in history.backups()[2:])
         sweeping.begin()

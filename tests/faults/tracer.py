@@ -52,6 +52,10 @@ KINDS: Final = (
     "rename", "link", "unlink", "rmdir", "mkdir", "fsync", "create", "write", "mode", "spawn", "libvirt", "nbd", "pipe",
 )  # fmt: skip
 
+# After a call of these kinds somebody else acts on it, or it is the last of its kind; after the others comes the next
+# call, before which is killed anyway.
+AFTER_TOO: Final = ("libvirt", "spawn", "pipe", "rename", "link")
+
 _ptrace = ctypes.CDLL(None, use_errno=True).ptrace
 _ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
 _ptrace.restype = ctypes.c_long
