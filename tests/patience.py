@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Final, Optional
 
@@ -25,6 +26,21 @@ class Stopwatch:
         if self._waited is None or now is None:
             return wall / max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         return wall - min(wall, now - self._waited)
+
+
+def until_caught(pid: int, number: int = signal.SIGTERM, *, seconds: float = 60) -> None:
+    """Waits until a process handles a signal: before that Python has not come to the tool's first line.
+
+    https://man7.org/linux/man-pages/man5/proc_pid_status.5.html
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+            caught = next(int(line.split()[1], 16) for line in file if line.startswith("SigCgt:"))
+        if caught >> (number - 1) & 1:
+            return
+        assert time.monotonic() < deadline, f"process {pid} does not handle signal {number}"
+        time.sleep(0.01)
 
 
 def _waited() -> Optional[float]:

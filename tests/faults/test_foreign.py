@@ -187,6 +187,7 @@ def test_with_wait_it_goes_on_when_they_have_ended(
 def test_a_signal_ends_the_waiting(tool: Tool, guest: PlainGuest, number: signal.Signals) -> None:
     with pull(guest):
         process = tool.start("backup", guest.name, "--wait", "60")
+        patience.until_caught(process.pid)
         time.sleep(1)
         assert process.poll() is None
         process.send_signal(number)

@@ -271,16 +271,14 @@ def test_a_guest_that_is_started_between_bitmap_and_reading(
     guest.destroy()
     virsh = f"virsh -q -c '{tool.host.uri}'"
     write = f"qemu-monitor-command {guest.name} --hmp 'qemu-io -d /machine/peripheral/ua-vda/virtio-backend \"write -P 7 64k 64k\"'"
+    found = f"ps -eo pid,args | awk '/[q]emu-system.*{guest.uuid}/ {{print $1}}'"
     then = {
         "runs": "",
-        "killed": f"; p=$(cat {tmp_path}/pid); kill -9 $p; while kill -0 $p 2>/dev/null; do sleep 0.1; done",
+        "killed": f"; until p=$({found}); kill -9 $p; do sleep 0.1; done; while kill -0 $p 2>/dev/null; do sleep 0.1; done",
         "off again": f"; {virsh} destroy {guest.name}",
     }[how]
-    note = f"ps -eo pid,args | awk '/[q]emu-system.*{guest.uuid}/ {{print $1}}' >{tmp_path}/pid"
     extra = first_do(
-        tmp_path,
-        "qemu-storage-daemon",
-        f"unset LD_LIBRARY_PATH; {virsh} start {guest.name}; {virsh} {write}; {note}{then}",
+        tmp_path, "qemu-storage-daemon", f"unset LD_LIBRARY_PATH; {virsh} start {guest.name}; {virsh} {write}{then}"
     )
     for key, value in extra.items():
         monkeypatch.setenv(key, value)
