@@ -224,6 +224,15 @@ class LineageBroken(TrackingBroken):
     )
 
 
+class BeginningUnknown(LineageBroken):
+    """Everything was asked for, and neither the beginning of the lineage nor a backup stands for what was there then."""
+
+    template = (
+        "not all that disk '{target}' holds is known: generation {generation} {reason}, and no backup after it holds this "
+        "disk; make a backup, and ask for everything up to it"
+    )
+
+
 # 13: the source went away
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
 from libvirt_cbt import errors, extents, names, points
-from libvirt_cbt.repository import aliases
+from libvirt_cbt.repository import aliases, history
 from libvirt_cbt.repository.manifest import Manifest, ManifestDisk
 from libvirt_cbt.repository.store import DomainStore
 from libvirt_cbt.repository.union import Source
@@ -127,10 +127,10 @@ def _from_the_beginning(kept: DomainStore, last: Manifest, target: str) -> Tuple
         if target in kept.layers(backup.id).disks:
             chain = reversed(kept.chain(backup.id, target))
             return run, [Source(link.contents, extents.CONTENT, link.digest, missing) for link in chain]
-    raise errors.LineageBroken(
+    raise errors.BeginningUnknown(
         target=target,
         generation=missing,
-        reason="is not in the repository, and no backup after it holds this disk",
+        reason=history.missing(kept.lost()),
         since_lineage=None,
         until_lineage=_disk(last, target).lineage,
         broken_by=None,

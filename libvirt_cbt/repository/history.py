@@ -37,7 +37,7 @@ def require_unbroken(
         if disk and disk.lineage == lineage:
             continue
         if number not in known:
-            reason = f"cannot be read, as {lost} is damaged" if lost else "is not in the repository"
+            reason = missing(lost)
         elif disk is None:
             reason = "does not have this disk"
         else:
@@ -50,6 +50,11 @@ def require_unbroken(
             until_lineage=_lineage(known, until, target),
             broken_by=disk.reason if disk else None,
         )
+
+
+def missing(lost: str) -> str:
+    """Why a generation seems to be missing; `lost` as for `require_unbroken`."""
+    return f"cannot be read, as {lost} is damaged" if lost else "is not in the repository"
 
 
 def _lineage(known: Dict[int, Manifest], number: int, target: str) -> Optional[str]:

@@ -250,8 +250,11 @@ class Published:
 
     def require_unbroken(self, target: str, after: int, until: int, lineage: str) -> None:
         """Every generation after+1..until is there and has the disk in this lineage.  Errors: LineageBroken."""
-        lost = ", ".join(one.path for one in self.unread())
-        history.require_unbroken(self.generations(), target, after, until, lineage, lost)
+        history.require_unbroken(self.generations(), target, after, until, lineage, self.lost())
+
+    def lost(self) -> str:
+        """The paths of `unread`, for a sentence."""
+        return ", ".join(one.path for one in self.unread())
 
     def next_generation(self) -> int:
         """A number that no generation has, nor one of those that cannot be read."""

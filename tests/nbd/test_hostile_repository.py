@@ -201,6 +201,7 @@ def test_names_lead_nowhere(
             "Damaged",
             "NoSuchBackup",
             "NoSuchDisk",
+            "BeginningUnknown",
             "LineageBroken",
             "NotInRepository",
             "RepositoryVersion",

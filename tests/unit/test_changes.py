@@ -300,7 +300,7 @@ def test_everything_when_the_first_generations_were_forgotten(kept: store.Domain
         (4 * GRAIN, GRAIN, 2, 5),
     ]
     assert found.granularity == GRAIN
-    with pytest.raises(errors.LineageBroken, match="no backup after it"):
+    with pytest.raises(errors.BeginningUnknown, match="is not in the repository, and no backup after it"):
         asked("*", 3)
     assert rows(asked(3, 5)) == [(4 * GRAIN, GRAIN, 2, 5)]
 

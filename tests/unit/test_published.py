@@ -145,6 +145,14 @@ def test_changes_across_a_damaged_one_are_refused_with_its_name(kept: store.Doma
 
 
 @pytest.mark.fault(41)
+def test_everything_up_to_a_mark_past_a_damaged_one_is_refused_with_its_name(kept: store.DomainStore) -> None:
+    made = published(kept, "fmm")
+    path = os.path.join(kept.directory(made[1].id), "manifest.json")
+    with pytest.raises(errors.BeginningUnknown, match=f"generation 2 cannot be read, as {path} is damaged"):
+        changes.span(damaged(kept, made[1]), "vda", points.Beginning(), points.Generation(3))
+
+
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("words", [
     ["show"], ["changed", "vda", "--since", "*"], ["changed", "vda", "--since", "1"], ["heatmap", "vda"],
 ], ids=str)  # fmt: skip
