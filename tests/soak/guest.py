@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import dataclass, field
@@ -138,6 +139,14 @@ class Guest(plain.PlainGuest):
         subprocess.run(["qemu-img", "resize", "-q", "-f", disk.fmt, disk.path, str(size)], check=True)
         disk.model.extend(bytes(size - disk.size))
         disk.size = size
+
+    def lost_bitmaps(self, target: str) -> bool:
+        """Whether the image has bitmaps that a QEMU which died had open: qemu-img resizes it when they are gone."""
+        disk = self.disk(target)
+        argv = ["qemu-img", "info", "-U", "--output=json", "-f", disk.fmt, disk.path]
+        told = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout)
+        bitmaps = told.get("format-specific", {}).get("data", {}).get("bitmaps", [])
+        return any("in-use" in bitmap["flags"] for bitmap in bitmaps)
 
     def snapshot(self, targets: List[str]) -> None:
         """External: these disks go on in new files."""

@@ -101,6 +101,8 @@ def grow(world: World, rng: random.Random) -> Optional[str]:
     size = guest.disks[target].size + SECTOR * rng.choice((1, 127, 128, 640, rng.randint(1, 2000)))
     if guest.state == SAVED or world.busy or size > GROWN or guest.disk(target).below:
         return None
+    if guest.state == OFF and guest.lost_bitmaps(target):
+        return None
     guest.grow(target, size)
     return f"{target} to {size}"
 
