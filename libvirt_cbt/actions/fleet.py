@@ -37,7 +37,8 @@ class Fleet:
 
     def fail(self, session: Session, host: str, error: errors.CbtError) -> None:
         self.failures.append((host, error))
-        session.watch.failed(f"host {host}: {error}" if host else str(error))
+        facts = {**error.facts, "kind": error.kind, "code": error.code, **({"host": host} if host else {})}
+        session.watch.failed(f"host {host}: {error}" if host else str(error), **facts)
 
     @property
     def code(self) -> int:

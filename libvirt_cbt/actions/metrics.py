@@ -111,7 +111,7 @@ def refresh(session: Session, path: str) -> None:
     try:
         write(path, metrics(session).text)
     except errors.CbtError as e:
-        session.watch.failed(str(e))
+        session.watch.failed(str(e), kind=e.kind, code=e.code)
 
 
 def write(path: str, text: str) -> None:

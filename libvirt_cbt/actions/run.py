@@ -78,7 +78,7 @@ class _Work:
 
     def _failed(self, work: str, code: int, kind: str, message: str) -> None:
         self.failures.append(results.Failure(work, code, kind, message))
-        self._session.watch.failed(f"{work}: {message}")
+        self._session.watch.failed(f"{work}: {message}", work=work, kind=kind, code=code)
 
     def backup(self) -> results.Backup:
         rules, session = self._rules, self._session

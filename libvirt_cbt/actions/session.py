@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Callable, Final, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Final, List, Optional
 
 from libvirt_cbt import errors, names
 from libvirt_cbt.repository import aliases, store
@@ -34,8 +34,8 @@ class Watch:
     def note(self, sentence: str) -> None:
         """Something worth a line in the log."""
 
-    def failed(self, sentence: str) -> None:
-        """Something failed that does not end the run."""
+    def failed(self, sentence: str, /, **facts: Any) -> None:
+        """Something failed that does not end the run; the facts are an error's, with its kind and code."""
 
     def stop(self) -> None:
         """Raises errors.Interrupted when the run should end."""
@@ -116,7 +116,7 @@ class Session:
 
     def _told(self, kept: store.DomainStore) -> store.DomainStore:
         for lost in kept.unread():
-            self.watch.failed(str(lost.error))
+            self.watch.failed(str(lost.error), kind=lost.error.kind, code=lost.error.code)
         return kept
 
     def _stored(self, domain: str) -> store.DomainStore:

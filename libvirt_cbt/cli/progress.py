@@ -20,8 +20,8 @@ class _Quiet(Watch):
         if self._notes:
             logs.tell(sentence)
 
-    def failed(self, sentence: str) -> None:
-        logs.tell(sentence, logs.ERROR)
+    def failed(self, sentence: str, /, **facts: Any) -> None:
+        logs.tell(sentence, logs.ERROR, **facts)
 
 
 class _Bars(_Quiet):

@@ -102,6 +102,7 @@ def _show(made: results.Run) -> None:
     if not logs.structured():
         output.say(line)
         return
-    facts = {"domain": made.domain, "uuid": made.uuid, "host": made.host, "policy": made.policy, "code": made.code}
+    facts = {"domain": made.domain, "uuid": made.uuid, "policy": made.policy, "code": made.code}
+    facts.update({"host": made.host} if made.host else {})
     backup = {"backup": made.backup.backup, "generation": made.backup.generation} if made.backup else {}
     logs.tell(line, logs.ERROR if made.failures else logs.INFO, **facts, **backup, seconds=made.seconds)

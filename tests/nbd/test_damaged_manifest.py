@@ -31,7 +31,7 @@ class Told(libvirt_cbt.Watch):
     def __init__(self) -> None:
         self.sentences: List[str] = []
 
-    def failed(self, sentence: str) -> None:
+    def failed(self, sentence: str, /, **_: Any) -> None:
         self.sentences.append(sentence)
 
 

@@ -132,3 +132,14 @@ def test_what_is_shown_could_stand_in_the_file(call: Callable[..., Told]) -> Non
     assert "None" not in out
 
 
+
+
+def test_each_failure_has_its_kind_and_code_in_the_log(call: Callable[..., Told]) -> None:
+    """So that a journal can be asked for all of one kind, as docs/automation.md shows."""
+    lines = [json.loads(line) for line in call(POLICY, "--log", "json", "run")[2].splitlines()]
+    (failure, ended) = (line for line in lines if line["level"] == "error")
+    assert (failure["domain"], failure["work"], failure["code"]) == ("test", "backup", ended["code"])
+    assert failure["kind"].isidentifier() and failure["message"].startswith("backup: ")
+    assert (ended["policy"], "host" in ended) == ("all", False) and ended["seconds"] >= 0
+    (gone,) = (json.loads(line) for line in call(POLICY, "--log", "json", "-c", GONE, "run")[2].splitlines())
+    assert (gone["kind"], gone["code"], gone["uri"]) == ("NoHypervisor", 20, GONE)
