@@ -14,12 +14,12 @@ import os
 import re
 import stat
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Dict, Final, List, Literal, Optional, Sequence, Tuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from libvirt_cbt import errors, names
+from libvirt_cbt import errors, names, tls
 
 tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 MOST_BYTES: Final = 1 << 20
@@ -47,6 +47,13 @@ def size(value: Any) -> int:
     return int(found[1]) * SIZES[found[2]]
 
 
+def _ports(value: Any) -> Any:
+    if isinstance(value, str):
+        tls.ports(value)
+    return value
+
+
+Ports = Annotated[str, BeforeValidator(_ports)]
 Seconds = Annotated[float, BeforeValidator(seconds)]
 Size = Annotated[int, BeforeValidator(size)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -142,6 +149,8 @@ class Host(Model):
 
     connect: Text = Field(description="Its libvirt URI.")
     jobs: Optional[Count] = Field(None, description="Domains at once on this host, in place of the `jobs` of all.")
+    nbd_ports: Optional[Ports] = Field(None, description="In place of the `nbd_ports` of all.")
+    nbd_address: Optional[Text] = Field(None, description="By TLS: the host's address on which its QEMU listens [that of libvirt].")
 
 
 class Check(Model):
@@ -162,6 +171,9 @@ class File(Model):
     hooks_dir: Optional[Text] = Field(None, description="Folder of an administrator's scripts, docs/hooks.md.")
     jobs: Count = Field(2, description="`run`: domains at once on each host.")
     jobs_total: Optional[Count] = Field(None, description="`run`: domains at once on all hosts together.")
+    nbd_ports: Optional[Ports] = Field(
+        None, description='Hosts by TLS: the ports on which their QEMU may listen, such as "10809-10872".'
+    )
     textfile: Optional[Text] = Field(None, description="`run` writes its metrics there at its end, for node_exporter.")
     log: Literal["auto", "stderr", "json", "journald"] = Field(
         "auto", description="Where messages go; auto: to the journal if stderr is connected to it."
@@ -176,11 +188,15 @@ class File(Model):
 
 @dataclass(frozen=True)
 class Place:
-    """A host: its name in the file ("" when there are no names), its URI (None: libvirt's default), domains at once."""
+    """A host: its name in the file ("" when there are no names), its URI (None: libvirt's default), domains at once.
+
+    `listening`: where QEMU may listen there, for a host by TLS.
+    """
 
     name: str
     uri: Optional[str]
     jobs: int
+    listening: tls.Listening = field(default_factory=tls.Listening)
 
 
 class Config(File):
@@ -190,9 +206,16 @@ class Config(File):
 
     def places(self) -> List[Place]:
         """Where domains are: every [host.NAME], or one without a name."""
-        return [Place(name, one.connect, one.jobs or self.jobs) for name, one in self.host.items()] or [
-            Place("", self.connect, self.jobs)
+        found = [
+            Place(name, one.connect, one.jobs or self.jobs, self.listening(one.nbd_ports, one.nbd_address))
+            for name, one in self.host.items()
         ]
+        return found or [Place("", self.connect, self.jobs, self.listening())]
+
+    def listening(self, ports: Optional[str] = None, address: Optional[str] = None) -> tls.Listening:
+        """What is said of a host, or else of all."""
+        asked = ports or self.nbd_ports
+        return tls.Listening(tls.ports(asked), address) if asked else tls.Listening(address=address)
 
     def policy_of(self, host: str, name: str, uuid: str) -> Optional[str]:
         """The name of the policy that holds for a domain."""

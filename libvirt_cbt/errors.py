@@ -89,6 +89,14 @@ class WouldBePlaintext(Usage):
         "disks of domain '{domain}' are encrypted by its QEMU ({disks}), and backups, and scratch files meanwhile, would "
         "hold them in plaintext; give --allow-plaintext if that is wanted, or leave them out with --exclude"
     )
+
+
+class Unencrypted(Usage):
+    """A connection, and the data of a guest after it, that anybody on the way could read and change."""
+
+    template = "{uri} is not protected on its way ('{transport}'); use qemu+ssh:// or qemu+tls:// (docs/remote.md)"
+
+
 class Elsewhere(Usage):
     """What works on the guest's files, on a connection to another host."""
 
@@ -409,6 +417,20 @@ class HostRefused(NoHypervisor):
 
 class HostLost(NoHypervisor):
     template = "no connection to host {host}: {reason}; look at the host and the way to it, then run it again"
+
+
+class ProofNotAsked(NoHypervisor):
+    template = (
+        "whoever reaches host {host} may read the disks of a guest during its backup: no certificate is asked for; set "
+        "backup_tls_x509_verify = 1 in its qemu.conf and restart its libvirt"
+    )
+
+
+class PortsTaken(NoHypervisor):
+    template = (
+        "on host {host} each port from {low} to {high} is in use; wait for other backups to end, or give other ports "
+        "with --nbd-ports"
+    )
 
 
 class NotRunning(HypervisorError):

@@ -45,7 +45,7 @@ def audited(
             disks.append(
                 audit.Compare(
                     target=disk.target,
-                    source=server.Endpoint(export.socket, export.export),
+                    source=export.endpoint,
                     chain=stack.enter_context(server.chain(layers, run_dir)),
                     capacity=disk.disk.capacity,
                     bitmap=export.context,

@@ -100,7 +100,10 @@ def _repository(session: Session) -> Finding:
 
 
 def _folder(where: site.Site, path: str, way_out: str) -> Finding:
-    found = where.folder(path)
+    try:
+        found = where.folder(path)
+    except errors.Elsewhere:
+        return OK, f"{path}, which libvirt makes; by TLS nothing is seen of it beforehand"
     if not found.writable:
         return FAILED, f"{found.path} is not writable for this user; {way_out}"
     if found.path == path and found.mode & 0o002 and not found.mode & 0o1000:
@@ -173,7 +176,10 @@ def _checkpoints(session: Session, dom: domain.Domain) -> Finding:
 
 
 def _room(where: site.Site, dom: domain.Domain, scratch_dir: Optional[str]) -> Finding:
-    directory = where.folder(where.scratch_root(scratch_dir)).path
+    try:
+        directory = where.folder(where.scratch_root(scratch_dir)).path
+    except errors.Elsewhere:
+        return OK, "by TLS the room is known only when a backup has begun, which ends before it is used up"
     free = where.room(directory)
     needed = sum(d.capacity for d in dom.disks if not d.unprotected)
     if free < scratch.ROOM_FLOOR:

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Dict, Iterator, List, Optional, Tuple
 
 from libvirt_cbt import errors, names, processes
-from libvirt_cbt.actions import phases, planning, tracking
+from libvirt_cbt.actions import exports, phases, planning, tracking
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import checkpoints, connection, documents, domain, guard, job, quiesce, scratch
@@ -131,20 +131,6 @@ def drawn(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An NBD export of a disk at the fleecing point; `bitmap` is None where everything counts as changed."""
-
-    socket: str
-    export: str
-    bitmap: Optional[str]
-
-    @property
-    def context(self) -> Optional[str]:
-        """The meta context of the bitmap."""
-        return f"qemu:dirty-bitmap:{self.bitmap}" if self.bitmap else None
-
-
 class Fleece(ABC):
     """An open fleecing point, of a guest in whatever state; made by an `opened`, closed by `close`."""
 
@@ -157,7 +143,7 @@ class Fleece(ABC):
         self.warnings: List[str] = []
 
     @abstractmethod
-    def exported(self) -> Dict[str, Exported]:
+    def exported(self) -> Dict[str, exports.Exported]:
         """Where each disk can be read, by target."""
 
     def stop(self) -> None:
@@ -235,19 +221,14 @@ class Job(Fleece):
         except errors.HypervisorError as e:
             raise self._switched_off(e) or e from None
 
-    def exported(self) -> Dict[str, Exported]:
-        """Where each disk can be read, by target.  Errors: SourceLost, HostRefused, HypervisorError."""
+    def exported(self) -> Dict[str, exports.Exported]:
+        """Where each disk can be read, by target.  Errors: SourceLost, HostRefused, ProofNotAsked, HypervisorError."""
         try:
             running = job.exports(self.plan.host, self.plan.dom.uuid)
         except errors.HypervisorError as e:
             raise self.lost(e) from None
         reached = self.plan.host.site.reach(self.plan.places, self.stop)
-        found = {}
-        for disk in self.plan.disks:
-            export = documents.require(running, disk.target)
-            bitmap = (export.bitmap or f"cbt-{disk.target}") if disk.base else None
-            found[disk.target] = Exported(reached.socket, export.export, bitmap)
-        return found
+        return exports.of(running, self.plan.disks, reached, self.stop)
 
     def stop(self) -> None:
         """To be asked often during a copy.  Errors: Interrupted, ScratchExhausted, TookTooLong."""
@@ -382,8 +363,8 @@ def _begin(plan: Plan) -> None:
     checkpoint = None
     if plan.checkpoint:
         checkpoint = documents.checkpoint(plan.checkpoint, documents.description(plan.intent.repository), rows)
-    document = documents.backup(plan.places.socket, rows)
-    job.begin(plan.host, plan.dom.uuid, document, checkpoint, plan.intent.checkpoint)
+    jobs = (documents.backup(server, rows) for server in plan.host.site.servers(plan.places))
+    job.begin(plan.host, plan.dom.uuid, jobs, checkpoint, plan.intent.checkpoint)
 
 
 def now() -> str:

@@ -16,7 +16,8 @@ from typing import Dict, Final, Iterator, List, Sequence, Tuple
 
 from libvirt_cbt import errors, machines, names
 from libvirt_cbt.actions import fleecing, planning, tracking
-from libvirt_cbt.actions.fleecing import Exported, Fleece, Plan, Request
+from libvirt_cbt.actions.exports import Exported
+from libvirt_cbt.actions.fleecing import Fleece, Plan, Request
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, connection, documents, domain, quiesce
 from libvirt_cbt.nbdio import still

@@ -43,8 +43,8 @@ def _skipped(
     if config.policy[policy].skip:
         return "its policy leaves it out"
     try:
-        if not rules.shut_off and not domain.alive(session.host, uuid):
-            return "it is off"
+        if not (rules.shut_off and session.host.site.still) and not domain.alive(session.host, uuid):
+            return "it is off" + ("" if session.host.site.still else ", and by TLS its images are out of reach")
         if defining.record(made.inactive_xml(session.host, uuid)) is not None:
             return "it was made by `boot`, and runs from a backup"
     except errors.NoSuchDomain:

@@ -62,7 +62,7 @@ def pulled(
             pulls.append(
                 copy.Pull(
                     target=disk.target,
-                    source=server.Endpoint(export.socket, export.export),
+                    source=export.endpoint,
                     capacity=disk.disk.capacity,
                     bitmap=export.context,
                     copy=disk.copy,

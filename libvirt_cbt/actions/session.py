@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Callable, Final, List, Optional
 
-from libvirt_cbt import errors, names
+from libvirt_cbt import errors, names, tls
 from libvirt_cbt.repository import aliases, store
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Session:
     """Opens the connection and the repository when they are first needed; a context manager.
 
     `uri` as virsh takes it (None: libvirt's default); `repository` a directory (None: LIBVIRT_CBT_REPO, else the
-    default path, which the first backup makes); `scratch_dir` where a verb is given none (None: the default folder).
+    default path, which the first backup makes); `scratch_dir` where a verb is given none (None: the default folder);
+    `listening` where QEMU may listen on a host by TLS.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class Session:
         watch: Optional[Watch] = None,
         *,
         scratch_dir: Optional[str] = None,
+        listening: Optional[tls.Listening] = None,
     ) -> None:
         asked = repository or os.environ.get("LIBVIRT_CBT_REPO")
         self.uri = uri
         self.scratch_dir = scratch_dir
+        self.listening = listening
         self.path = os.path.abspath(asked or default_repository())
         self.watch = watch or Watch()
         self._may_make = not asked
@@ -83,7 +86,7 @@ class Session:
         if self._host is None:
             from libvirt_cbt.hypervisor import connection  # restoring needs no libvirt
 
-            self._host = connection.Host(self.uri)
+            self._host = connection.Host(self.uri, self.listening)
         return self._host
 
     def repository(self, *, make: bool = False) -> store.Repository:

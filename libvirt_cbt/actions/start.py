@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from typing import Optional
-from urllib.parse import quote
 
 from libvirt_cbt import processes
+from libvirt_cbt.actions import exports as exporting
 from libvirt_cbt.actions import fleecing, opening, phases, pulling, recording, results, telling
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio.lanes import Options
@@ -51,7 +51,7 @@ def start(
         uuid=made.domain.uuid,
         id=made.id,
         generation=made.generation,
-        socket=plan.places.socket,
+        socket=str(next(iter(exports.values())).server or plan.places.socket),
         quiesce=telling.quiesced(made.quiesce),
         disks=[_disk(d, exports[d.target]) for d in made.disks],
         unprotected=telling.unprotected(made.unprotected),
@@ -60,10 +60,10 @@ def start(
     )
 
 
-def _disk(disk: manifest.ManifestDisk, export: fleecing.Exported) -> results.OpenDisk:
+def _disk(disk: manifest.ManifestDisk, export: exporting.Exported) -> results.OpenDisk:
     return results.OpenDisk(
         target=disk.target,
-        uri=f"nbd+unix:///{quote(export.export)}?socket={quote(export.socket)}",
+        uri=export.uri,
         export=export.export,
         bitmap=export.bitmap,
         context=export.context,

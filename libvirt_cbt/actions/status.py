@@ -52,7 +52,8 @@ def _open_point(session: Session, kept: store.DomainStore) -> Optional[results.O
         return None
     # Once it is committing its readers are done, and the job may have ended.
     alive = intent.phase == "committing" or job.exporting(session.host, kept.uuid, intent.socket)
-    return results.OpenPoint(intent.id, kept.next_generation(), intent.started, intent.socket, alive)
+    address = job.exports(session.host, kept.uuid).address if alive and intent.phase == "open" else ""
+    return results.OpenPoint(intent.id, kept.next_generation(), intent.started, address or intent.socket, alive)
 
 
 def _disk(

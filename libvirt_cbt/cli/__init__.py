@@ -12,7 +12,7 @@ from typing import Any, Dict, Final, List, Optional
 import click
 
 import libvirt_cbt
-from libvirt_cbt import errors
+from libvirt_cbt import errors, tls
 from libvirt_cbt.cli import logs, output
 
 COMMANDS: Final[Dict[str, str]] = {
@@ -51,6 +51,8 @@ COLLECT_AFTER: Final = 200_000  # objects: some 20 MB at most, if all of them we
 # numpy's BLAS, which nothing here uses, starts a thread for each processor (30 ms, and memory for each); pydantic reads
 # the metadata of every package that is installed to find plugins (25 ms).  docs/performance.md
 CHEAP_IMPORTS: Final = {"OPENBLAS_NUM_THREADS": "1", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
+# What libvirt's client has to say is in our errors; it would print its warnings about certificates beside them.
+SILENT: Final = {"LIBVIRT_LOG_OUTPUTS": "4:file:/dev/null"}
 
 
 def _completing() -> Any:
@@ -89,6 +91,15 @@ class _Lazy(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def _ports(_context: click.Context, _option: click.Parameter, value: Optional[str]) -> Optional[str]:
+    try:
+        if value is not None:
+            tls.ports(value)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from None
+    return value
+
+
 EXAMPLES: Final = """\b
 Examples:
   libvirt-cbt -r /backups init
@@ -106,6 +117,10 @@ Examples:
 @click.option(
     "--config", "config_file", metavar="FILE", envvar="LIBVIRT_CBT_CONFIG",
     help="Configuration, in place of /etc/libvirt-cbt.toml and ~/.config/libvirt-cbt.toml [LIBVIRT_CBT_CONFIG].",
+)
+@click.option(
+    "--nbd-ports", metavar="LOW-HIGH", envvar="LIBVIRT_CBT_NBD_PORTS", callback=_ports,
+    help="Hosts by TLS: the ports on which their QEMU may listen [10809-10872].",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
 @click.option(
@@ -151,7 +166,7 @@ def main(argv: Optional[List[str]] = None) -> Any:
 def exit_code(argv: Optional[List[str]] = None) -> int:
     """As `main`, but the code is returned."""
     # Before numpy and pydantic are imported; the processes of ours that start later inherit it.
-    for variable, value in CHEAP_IMPORTS.items():
+    for variable, value in {**CHEAP_IMPORTS, **SILENT}.items():
         os.environ.setdefault(variable, value)
     try:
         group.main(args=argv, prog_name="libvirt-cbt", standalone_mode=False)

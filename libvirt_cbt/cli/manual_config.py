@@ -30,6 +30,7 @@ KINDS: Final[Dict[Any, str]] = {
     config.Count: "number",
     config.Percent: "percent",
     config.Text: "string",
+    config.Ports: "string",
     bool: "true or false",
     int: "number",
 }

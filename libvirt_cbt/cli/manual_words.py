@@ -38,6 +38,7 @@ ENVIRONMENT: Final[Dict[str, str]] = {
     "LIBVIRT_CBT_REPO": "The repository, where there is no -r.",
     "LIBVIRT_CBT_CONFIG": "The configuration, where there is no --config.",
     "LIBVIRT_CBT_LOG": "Where messages go, where there is no --log.",
+    "LIBVIRT_CBT_NBD_PORTS": "Ports on which the QEMU of a host by TLS may listen, where there is no --nbd-ports.",
     "LIBVIRT_CBT_RUN_DIR": "The folder of sockets, in place of /run/libvirt-cbt.",
     "LIBVIRT_CBT_SPOOL_DIR": "Where hooks note what happened, in place of /var/lib/libvirt-cbt-spool.",
     "LIBVIRT_CBT_HOOKS_DIR": "An administrator's scripts, in place of /etc/libvirt-cbt/hooks.d.",

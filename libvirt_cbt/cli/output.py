@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Final, List, NoReturn, Optional, Sequence, TextIO, Type
 
-from libvirt_cbt import errors
+from libvirt_cbt import errors, tls
 
 if TYPE_CHECKING:
     from libvirt_cbt.actions.session import Session, Watch
@@ -32,6 +32,7 @@ class Settings:
     verbose: bool
     config_file: Optional[str] = None
     log: Optional[str] = None
+    nbd_ports: Optional[str] = None
 
     @cached_property
     def config(self) -> Config:
@@ -57,7 +58,8 @@ class Settings:
             return places
         from libvirt_cbt.config import Place
 
-        return [p for p in places if p.uri == self.uri] or [Place("", self.uri, self.config.jobs)]
+        found = [p for p in places if p.uri == self.uri]
+        return found or [Place("", self.uri, self.config.jobs, self.config.listening())]
 
     def session(self, watch: Optional[Watch] = None, *, place: Optional[Place] = None) -> Session:
         """One with what the command line or the environment says, else the configuration.  Errors: ConfigInvalid."""
@@ -65,11 +67,15 @@ class Settings:
 
         if self.config.hooks_dir:
             os.environ.setdefault("LIBVIRT_CBT_HOOKS_DIR", self.config.hooks_dir)
+        if self.uri and not place:
+            (place,) = self.places()[:1]
+        listening = place.listening if place else self.config.listening()
         return Session(
             self.uri or (place and place.uri) or self.config.connect,
             self.repository or self.config.repository,
             watch,
             scratch_dir=self.config.scratch_dir,
+            listening=replace(listening, ports=tls.ports(self.nbd_ports)) if self.nbd_ports else listening,
         )
 
 

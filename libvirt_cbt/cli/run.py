@@ -72,9 +72,10 @@ def _fleet(
         config = ["--config", os.path.abspath(settings.config_file)] if settings.config_file else []
         log = ["--log", settings.log] if settings.log else []
         told = ["-v"] if settings.verbose else ["-q"] if settings.quiet else []
+        ports = ["--nbd-ports", settings.nbd_ports] if settings.nbd_ports else []
         last = ["--dry-run"] if dry_run else []
         program = [sys.executable, "-c", PROGRAM, PACKAGE]
-        return [*program, *config, *log, "-r", session.path, "--json", *told, "run", "--alone", chosen.uuid, *last]
+        return [*program, *config, *log, *ports, "-r", session.path, "--json", *told, "run", "--alone", chosen.uuid, *last]
 
     def show(made: results.Run) -> None:
         if not settings.json or logs.structured():

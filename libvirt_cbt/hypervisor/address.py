@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from libvirt_cbt import errors, names
 
 SSH: Final = ("ssh", "libssh", "libssh2")
+PROTECTED: Final = ("unix", "ssh", "tls")
 ASKING: Final = "no_tty"  # 0: libvirt's ssh may ask a person
 # What would take a host for the one meant without its having proved it.
 UNPROVED: Final = (("no_verify", ("0",)), ("known_hosts_verify", ("normal",)))
@@ -70,10 +71,12 @@ def _parameters(query: str) -> Mapping[str, str]:
 def asked(uri: str) -> str:
     """The URI that libvirt gets: with ssh nobody is asked for a password or about a host's key.
 
-    A second connection, that of the guard, has no terminal to ask on.  Errors: Usage for a URI that would not have the
-    host prove who it is.
+    A second connection, that of the guard, has no terminal to ask on.  Errors: Unencrypted for a way that is not known to
+    be encrypted; Usage for a URI that would not have the host prove who it is.
     """
     found = parse(uri)
+    if found.transport not in PROTECTED:
+        raise errors.Unencrypted(uri=names.without_password(uri), transport=names.printable(found.transport))
     for name, harmless in UNPROVED:
         if found.parameters.get(name, harmless[0]) not in harmless:
             raise errors.Usage(

@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from typing import Any, Callable, Final, Iterator, List, Optional, Tuple, TypeVar
 
-from libvirt_cbt import errors, names, openstack
+from libvirt_cbt import errors, names, openstack, tls
 from libvirt_cbt.hypervisor import address, refusals, site
 
 try:
@@ -52,13 +52,14 @@ def _run_events() -> None:
 class Host:
     """A libvirt connection; `lookup` and `retry` open it again when the daemon had gone.
 
-    Errors: NoHypervisor when it cannot be reached.
+    `listening` is for a host by TLS.  Errors: NoHypervisor when it cannot be reached.
     """
 
-    def __init__(self, uri: Optional[str]) -> None:
+    def __init__(self, uri: Optional[str], listening: Optional[tls.Listening] = None) -> None:
         _run_events()
         self._asked = address.asked(uri) if uri else None
         self._added = self._asked[len(uri) :] if uri and self._asked else ""
+        self._listening = listening or tls.Listening()
         self._site: Optional[site.Site] = None
         self._mending = threading.Lock()
         self._patience = RECONNECT_SECONDS
@@ -86,7 +87,7 @@ class Host:
         asked = self._asked or "the default URI"
         where = address.parse(asked)
         if not where.here:
-            return refusals.explained(where.host, str(error.get_error_message() or error))
+            return refusals.of(where, str(error.get_error_message() or error))
         return errors.NoHypervisor(uri=names.without_password(asked), reason=message(error))
 
     def close(self) -> None:
@@ -104,7 +105,7 @@ class Host:
     def site(self) -> site.Site:
         """The machine whose files the domains of this connection have."""
         if self._site is None:
-            self._site = site.of(address.parse(self.address))
+            self._site = site.of(address.parse(self.address), self, self._listening)
         return self._site
 
     @property
@@ -119,6 +120,11 @@ class Host:
     def versions(self) -> tuple[int, int]:
         """(libvirt of the daemon, QEMU) as major*1000000 + minor*1000 + release."""
         return self.retry(lambda conn: (int(conn.getLibVersion()), int(conn.getVersion())))
+
+    def connected(self) -> Any:
+        """A connection that answers, for what must not be done twice.  Errors: NoHypervisor."""
+        self.retry(lambda conn: conn.getLibVersion())
+        return self._conn
 
     def retry(self, call: Callable[[Any], T]) -> T:
         """Runs a call that may be repeated, on a new connection if the old one has broken.

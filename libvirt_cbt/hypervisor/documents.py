@@ -7,9 +7,10 @@ Formats: https://libvirt.org/formatbackup.html, https://libvirt.org/formatcheckp
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Dict, Optional, Sequence
+from typing import Dict, Optional, Sequence, Tuple, Union
 
 from lxml import etree
 
@@ -37,15 +38,38 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Tcp:
+    """Where QEMU is to listen by TCP, with TLS; `prefix` begins the names of the exports.
+
+    Nothing of an address proves whose job is behind it, so the prefix has the backup's id.
+    """
+
+    address: str
+    port: int
+    prefix: str
+
+
+@dataclass(frozen=True)
 class RunningJob:
+    """`socket` is empty where the exports are by TCP; `address` is then host and port."""
+
     socket: str
     disks: Dict[str, Export]
+    address: str = ""
+
+    def proves(self, socket: str) -> bool:
+        """Whether it is the job whose socket, and whose folder of scratch files, have the id in the path `socket`."""
+        if self.socket:
+            return self.socket == socket
+        folder = names.checkpoint(names.BackupId(os.path.basename(os.path.dirname(socket))))
+        found = {os.path.basename(os.path.dirname(disk.scratch)) for disk in self.disks.values()}
+        return found == {folder}
 
 
-def backup(socket: str, disks: Sequence[JobDisk]) -> str:
-    """A pull-mode backup document that names every disk of the domain."""
+def backup(server: Union[str, Tcp], disks: Sequence[JobDisk]) -> str:
+    """A pull-mode backup document that names every disk of the domain; it exports on a socket, or by TCP with TLS."""
     root = xmldoc.template("backup")
-    xmldoc.find(root, "server").set("socket", socket)
+    prefix = _listen(xmldoc.find(root, "server"), server)
     rows = xmldoc.find(root, "disks")
     inside, outside = list(rows)
     for row in (inside, outside):
@@ -54,7 +78,7 @@ def backup(socket: str, disks: Sequence[JobDisk]) -> str:
         row = deepcopy(inside if disk.scratch else outside)
         row.set("name", disk.target)
         if disk.scratch:
-            row.set("exportname", disk.target)
+            row.set("exportname", prefix + disk.target)
             xmldoc.find(row, "scratch").set("file", disk.scratch)
             if disk.incremental:
                 row.set("backupmode", "incremental")
@@ -63,6 +87,40 @@ def backup(socket: str, disks: Sequence[JobDisk]) -> str:
             else:
                 del row.attrib["exportbitmap"]
         rows.append(row)
+    return xmldoc.serialize(root)
+
+
+def _listen(row: etree._Element, server: Union[str, Tcp]) -> str:
+    """Fills in where the job exports; what the names of its exports begin with."""
+    if isinstance(server, str):
+        row.set("socket", server)
+        return ""
+    row.attrib.clear()
+    for name, value in (("transport", "tcp"), ("tls", "yes"), ("name", server.address), ("port", str(server.port))):
+        row.set(name, value)
+    return server.prefix
+
+
+def pool(directory: str, qemu_ids: Optional[Tuple[int, int]]) -> str:
+    """A storage pool over the folder `directory`, called as that is; QEMU's group may enter it."""
+    root = xmldoc.template("pool")
+    xmldoc.find(root, "name").text = os.path.basename(directory)
+    xmldoc.find(root, "target/path").text = directory
+    permissions = xmldoc.find(root, "target/permissions")
+    if qemu_ids:
+        xmldoc.find(permissions, "group").text = str(qemu_ids[1])
+    else:
+        xmldoc.find(permissions, "mode").text = "0700"
+        for name in ("owner", "group"):
+            permissions.remove(xmldoc.find(permissions, name))
+    return xmldoc.serialize(root)
+
+
+def volume(path: str, size: int) -> str:
+    """A sparse qcow2 file of `size` bytes in such a pool."""
+    root = xmldoc.template("volume")
+    xmldoc.find(root, "name").text = os.path.basename(path)
+    xmldoc.find(root, "capacity").text = str(size)
     return xmldoc.serialize(root)
 
 
@@ -102,7 +160,10 @@ def running_job(text: str) -> RunningJob:
             index=int(index) if index.isdecimal() else None,
             scratch="" if scratch is None else scratch.get("file", ""),
         )
-    return RunningJob(socket="" if server is None else server.get("socket", ""), disks=found)
+    if server is None:
+        return RunningJob("", found)
+    address = f"{server.get('name', '')}:{server.get('port', '')}" if server.get("port") else ""
+    return RunningJob(server.get("socket", ""), found, address)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Callable, Dict, Final, Optional
+from typing import Callable, Dict, Final, Iterable, Optional
 
 import libvirt
 
@@ -35,6 +35,7 @@ BLOCK_JOBS: Final[Dict[int, str]] = {
 ANSWER_SECONDS: Final = 5.0  # of a QEMU about its jobs; milliseconds, unless it was stopped or is stuck
 # No such domain, no backup job, not running.
 NO_JOB: Final = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_OPERATION_INVALID)
+TAKEN: Final = "Address already in use"  # in QEMU's own words
 END_SECONDS: Final = 60.0
 # Keeps a guest that powers itself off until the job has ended.  Older bindings lack it, older daemons refuse it.
 PRESERVE: Final = int(getattr(libvirt, "VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN", 0))
@@ -121,11 +122,27 @@ def wait_idle(
         time.sleep(min(0.2, max(0.01, deadline - time.monotonic())))
 
 
-def begin(host: connection.Host, uuid: names.DomainUuid, backup: str, checkpoint: Optional[str], name: str) -> None:
+def begin(
+    host: connection.Host, uuid: names.DomainUuid, backups: Iterable[str], checkpoint: Optional[str], name: str
+) -> None:
     """Begins the job and creates checkpoint `name` in one transaction; after an error neither is left.
 
-    The scratch files exist already (REUSE_EXTERNAL).  Errors: HypervisorError with libvirt's reason.
+    The scratch files exist already (REUSE_EXTERNAL).  `backups` are the same job on several addresses: where somebody
+    listens already the next one is tried.  Errors: HypervisorError with libvirt's reason.
     """
+    taken: Optional[errors.CbtError] = None
+    for backup in backups:
+        try:
+            _begin(host, uuid, backup, checkpoint, name)
+            return
+        except errors.HypervisorError as e:
+            if TAKEN not in str(e):
+                raise
+            taken = e
+    raise taken or errors.HypervisorError(reason="there is no address to export on")
+
+
+def _begin(host: connection.Host, uuid: names.DomainUuid, backup: str, checkpoint: Optional[str], name: str) -> None:
     dom = host.lookup(uuid)
     try:
         dom.backupBegin(backup, checkpoint, _flags(host))
@@ -186,14 +203,14 @@ def end(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
 
 
 def exporting(host: connection.Host, uuid: names.DomainUuid, socket: str) -> bool:
-    """Whether the domain's backup job exports on `socket`: a path with our random id is the proof that it is ours."""
+    """Whether the domain's backup job is the one of `socket`: a path with our random id is the proof that it is ours."""
     try:
         text = host.retry(lambda conn: host.known(conn, uuid).backupGetXMLDesc(0))
     except libvirt.libvirtError as e:
         if e.get_error_code() in NO_JOB:
             return False
         raise host.translate(e, uuid) from None  # whatever else it is proves nothing
-    return documents.running_job(text).socket == socket
+    return documents.running_job(text).proves(socket)
 
 
 def scratch_used(host: connection.Host, uuid: names.DomainUuid) -> int:

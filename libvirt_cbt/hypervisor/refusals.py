@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final, Tuple, Type
+from typing import Final, Sequence, Tuple, Type
 
-from libvirt_cbt import errors, names
+from libvirt_cbt import errors, names, tls
+from libvirt_cbt.hypervisor import address
 
 COMPARE: Final = "ask its administrator for the key's fingerprint, compare it, then run "
 CHANGED: Final = (
@@ -29,11 +30,34 @@ KNOWN: Final[Tuple[Tuple[str, Answer], ...]] = (
     ("authentication failed: ", DENIED),
 )
 
+UNVERIFIED: Final = "Failed to verify peer's certificate"
+OURS: Final = "`virt-pki-validate` looks at the certificates of this machine, docs/remote.md says how they are made"
+THEIRS: Final = "its administrator must have a new one made (docs/remote.md)"
+# What libvirt's client says where there is TLS; the reason is its own sentence where there is none here.
+BY_TLS: Final[Tuple[Tuple[str, Answer], ...]] = (
+    ("Our own certificate", (errors.HostRefused, "", OURS)),
+    ("client certificate", (errors.HostRefused, "", OURS)),
+    ("TLS confirmation", (errors.HostRefused, "it does not accept our certificate, or we have none", OURS)),
+    ("Cannot read CA certificate", (errors.HostUnproved, "", OURS)),
+    ("ertificate", (errors.HostUnproved, "", THEIRS)),
+)
 
-def explained(host: str, complaint: str) -> errors.NoHypervisor:
+
+def explained(host: str, complaint: str, known: Sequence[Tuple[str, Answer]] = KNOWN) -> errors.NoHypervisor:
     """The error for what was said by the client that could not reach a host."""
-    for words, (kind, reason, way_out) in KNOWN:
-        if words in complaint:
-            return kind(host=host, reason=reason, way_out=way_out.format(host=errors.argument(host)))
     lines = complaint.strip().splitlines() or ["it was closed"]
-    return errors.HostLost(host=host, reason=names.printable(lines[-1].strip(), 300))
+    said = names.printable(lines[-1].strip(), 300)
+    for words, (kind, reason, way_out) in known:
+        if words in complaint:
+            return kind(host=host, reason=reason or said, way_out=way_out.format(host=errors.argument(host)))
+    return errors.HostLost(host=host, reason=said)
+
+
+def of(where: address.Address, complaint: str) -> errors.NoHypervisor:
+    """The same for what libvirt's client said."""
+    if where.transport != "tls":
+        return explained(where.host, complaint)
+    if UNVERIFIED in complaint:
+        why = tls.complaint(where.host, where.port or tls.LIBVIRT_PORT, where.parameters.get("pkipath"))
+        complaint = f"its certificate is not good: {why}" if why else complaint
+    return explained(where.host, complaint, BY_TLS)

@@ -10,11 +10,14 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Callable, Dict, Final, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Final, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
-from libvirt_cbt import durable, errors, machines, names, places
-from libvirt_cbt.hypervisor import scratch
+from libvirt_cbt import durable, errors, machines, names, places, tls
+from libvirt_cbt.hypervisor import documents, scratch
 from libvirt_cbt.hypervisor.address import Address
+
+if TYPE_CHECKING:
+    from libvirt_cbt.hypervisor.connection import Host
 
 HEADER: Final = 32  # bytes: as much as tells a qcow2 image's version, cluster size and capacity
 
@@ -39,9 +42,11 @@ class Folder:
 
 @dataclass(frozen=True)
 class Reached:
-    """Where a job's exports are read from: a socket on this machine, or an address with TLS."""
+    """Where a job's exports are read from: a socket on this machine, or a server by TLS; its exports' names have a prefix."""
 
     socket: str
+    server: Optional[tls.Server] = None
+    prefix: str = ""
 
 
 class Lookout(ABC):
@@ -72,6 +77,7 @@ class Site(ABC):
 
     here = True  # whether it is this machine
     name = "this machine"  # for people
+    still = True  # whether images of guests that are off can be worked on
     reaction = 0.5  # seconds from the last look at the scratch files' room to the end of the job, on a busy host
 
     @abstractmethod
@@ -119,6 +125,10 @@ class Site(ABC):
         """One for a domain's job; None where the guard sees for itself.  Errors: HostLost and kin."""
         return None
 
+    def servers(self, where: scratch.Places) -> Iterator[Union[str, documents.Tcp]]:
+        """Where QEMU is told to listen, the next one if it cannot there."""
+        yield where.socket
+
     @abstractmethod
     def reach(self, where: scratch.Places, stop: Callable[[], None] = lambda: None) -> Reached:
         """Makes a job's exports reachable from here; repeated it mends a way that was cut, and asks `stop` meanwhile.
@@ -142,6 +152,7 @@ class Site(ABC):
         """Errors: Elsewhere, for `what` reads or writes files beside the guest's."""
         if not self.here:
             raise errors.Elsewhere(what=what, host=self.name, way_out="run it there, with a connection that is local")
+
 
 class Here(Site):
     """This machine."""
@@ -198,10 +209,14 @@ def _header(path: str) -> bytes:
         return b""
 
 
-def of(address: Address) -> Site:
+def of(address: Address, host: Host, listening: tls.Listening) -> Site:
     """The site of a connection to `address`; nothing is asked of it yet."""
     if address.here:
         return Here()
+    if address.transport == "tls":
+        from libvirt_cbt.hypervisor import fartls
+
+        return fartls.Tls(address, host, listening)
     from libvirt_cbt.hypervisor import faraway
 
     return faraway.Ssh(address)

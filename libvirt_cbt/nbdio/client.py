@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import socket
 import time
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Final, List, Optional, Sequence, Tuple
@@ -28,6 +29,7 @@ except ImportError:
 
 CONNECT_SECONDS: Final = 30.0
 GOODBYE_SECONDS: Final = 5.0
+SILENT_SECONDS: Final = 30
 TURN_SECONDS: Final = 0.2  # how long one turn waits at most: `stop` is asked that often
 
 Finished = Callable[[int], None]  # called in the loop, never by libnbd, with an errno or 0
@@ -46,7 +48,16 @@ class Unmade(Exception):
 
     def __init__(self, reason: str, error: int = 0) -> None:
         super().__init__(reason)
+        self.errno = error
         self.hopeless = error in (errno.ENOENT, errno.ECONNREFUSED, errno.ETIMEDOUT)
+
+    def error(self, endpoint: Endpoint) -> errors.CbtError:
+        """What to tell of it."""
+        if endpoint.server is None:
+            return errors.NbdError(export=endpoint.export, reason=str(self))
+        from libvirt_cbt.nbdio import proof
+
+        return proof.explained(endpoint.server, str(self), self.errno)
 
 
 class Connection:
@@ -62,7 +73,7 @@ class Connection:
             self._handle.set_pread_initialize(False)  # every error is judged, so nothing stale is ever taken for data
             for context in contexts:
                 self._handle.add_meta_context(context)
-            self._handle.aio_connect_unix(endpoint.socket)
+            _connect(self._handle, endpoint)
             deadline = time.monotonic() + CONNECT_SECONDS
             while self._handle.aio_is_connecting():
                 stop()
@@ -70,6 +81,8 @@ class Connection:
                     raise Unmade("the server does not answer", errno.ETIMEDOUT)
                 turn([self])
             self.size = int(self._handle.get_size())  # raises when the server refused us
+            if endpoint.server:
+                _keep_alive(int(self._handle.aio_get_fd()))
             if self.size < 0:
                 raise Unmade("the server names an impossible size")
             # QEMU cuts the connection at the first unreadable sector of a reply in several chunks; of a reply that may
@@ -184,6 +197,27 @@ class Connection:
         self._finished.clear()
 
 
+def _connect(handle: Any, endpoint: Endpoint) -> None:
+    """Begins it.  By TCP nothing is said in the clear, and the certificate must be for the host's name."""
+    if endpoint.server is None:
+        handle.aio_connect_unix(endpoint.socket)
+        return
+    handle.set_tls(nbd.TLS_REQUIRE)
+    handle.set_tls_verify_peer(True)
+    handle.set_tls_certificates(endpoint.server.certificates)
+    handle.aio_connect_tcp(endpoint.server.host, str(endpoint.server.port))
+
+
+def _keep_alive(fd: int) -> None:
+    """A peer that is silent because the way to it was cut is given up after SILENT_SECONDS."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS // 2)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENT_SECONDS // 6)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
+
+
 def turn(connections: Sequence[Connection], timeout: float = TURN_SECONDS) -> int:
     """Waits until something moves on any connection, and lets it; on how many it did.  Errors: Lost."""
     poller = select.poll()
@@ -205,7 +239,7 @@ def connect(
     try:
         return attempt(endpoint, count, contexts, capacity, stop)
     except Unmade as e:
-        raise errors.NbdError(export=endpoint.export, reason=str(e)) from None
+        raise e.error(endpoint) from None
 
 
 def attempt(

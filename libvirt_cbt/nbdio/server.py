@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Iterator, List, Optional, Sequence
 
-from libvirt_cbt import errors, machines, names, processes, tools
+from libvirt_cbt import errors, machines, names, processes, tls, tools
 from libvirt_cbt.nbdio import qcow2
 
 START_SECONDS: Final = 30.0
@@ -23,10 +23,11 @@ ALLOCATOR: Final = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHO
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An NBD export: absolute path of a unix socket (107 bytes at most) and the export's name."""
+    """An NBD export: absolute path of a unix socket (107 bytes at most) and the export's name; or of `server`, by TLS."""
 
     socket: str
     export: str
+    server: Optional[tls.Server] = None
 
 
 @contextmanager

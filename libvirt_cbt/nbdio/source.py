@@ -55,7 +55,7 @@ class Source:
         try:
             self._connect(stop)
         except client.Unmade as e:
-            raise errors.NbdError(export=self.endpoint.export, reason=str(e)) from None
+            raise e.error(self.endpoint) from None
 
     def _connect(self, stop: Callable[[], None]) -> None:
         wanted = [blockstatus.ALLOCATION] + ([self.bitmap] if self.bitmap else [])

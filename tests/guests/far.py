@@ -19,32 +19,108 @@ from typing import Dict, Final, List, Optional
 from tests.guests import daemon
 
 ADDRESS: Final = "127.0.0.1"
+WIRE: Final = "127.0.0.2"  # where a test puts a wire that it can cut ...
+BEHIND: Final = "far.example"  # ... and the near side's name for what is behind it
 START_SECONDS: Final = 30.0
-# Mounts inside a namespace of its own; $1 an /etc/passwd whose root lives in the near side's home, $2 decoys, $3 the folder.
-NEAR: Final = 'mount --bind "$1" /etc/passwd && mount --bind "$2" "$3" && shift 3 && exec "$@"'
+# Mounts inside a namespace of its own, source and target, until --.
+NEAR: Final = 'while [ "$1" != -- ]; do mount --bind "$1" "$2" || exit; shift 2; done; shift; exec "$@"'
 FAR: Final = 'mkdir -p /run/sshd /run/libvirt && ln -sfn "$1" /run/libvirt/libvirt-sock && shift && exec "$@"'
 
 
-class Far:
+class Sides:
+    """The two sides of a private libvirtd; `home` is the near user's.  Errors: daemon.Unavailable."""
+
+    name: str
+    uri: str
+
+    def __init__(self, host: daemon.Daemon) -> None:
+        if os.geteuid():
+            raise daemon.Unavailable("the two sides of a host need mount namespaces, and those root")
+        self.host = host
+        self.folder = tempfile.mkdtemp(prefix="cbt-far-", dir="/tmp")
+        self.home = self._new("home")
+        self.run_dir = self._new("run")
+        self._decoys = self._new("decoys")
+        self.mounts: Dict[str, str] = {}  # further ones of the near side: target, and source
+        self._hosts = self._write("hosts", f"{ADDRESS} localhost {socket.gethostname()}\n{WIRE} {BEHIND}\n")
+
+    def _new(self, name: str) -> str:
+        path = os.path.join(self.folder, name)
+        os.mkdir(path, 0o700)
+        return path
+
+    def _read(self, name: str) -> str:
+        with open(os.path.join(self.folder, name), encoding="utf-8") as file:
+            return file.read()
+
+    def _write(self, name: str, text: str) -> str:
+        path = os.path.join(self.folder, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return path
+
+    def near(self, argv: List[str]) -> List[str]:
+        """A command on the near side."""
+        passwd = self._write("passwd", f"root:x:0:0:root:{self.home}:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
+        mounts = {"/etc/passwd": passwd, "/etc/hosts": self._hosts, self.host.root: self._decoys, **self.mounts}
+        pairs = [word for target, source in mounts.items() for word in (source, target)]
+        return ["unshare", "--mount", "--propagation", "private", "--", "sh", "-c", NEAR, "sh", *pairs, "--", *argv]
+
+    def environment(self) -> Dict[str, str]:
+        """Of such a command."""
+        known = {name: value for name, value in os.environ.items() if not name.startswith(("SSH_", "LIBVIRT_", "XDG_"))}
+        return {**known, "HOME": self.home, "LIBVIRT_DEFAULT_URI": self.uri, "LIBVIRT_CBT_RUN_DIR": self.run_dir}
+
+    def decoy(self, path: str, content: bytes) -> None:
+        """What the near side sees at a path of the far side's."""
+        assert path.startswith(self.host.root + "/")
+        near = self._decoys + path[len(self.host.root) :]
+        os.makedirs(os.path.dirname(near), exist_ok=True)
+        with open(near, "wb") as file:
+            file.write(content)
+
+    def decoys(self) -> Dict[str, bytes]:
+        """All of them, by the path at which the near side sees them."""
+        found = {}
+        for folder, _, names in os.walk(self._decoys):
+            for name in names:
+                path = os.path.join(folder, name)
+                with open(path, "rb") as file:
+                    found[self.host.root + path[len(self._decoys) :]] = file.read()
+        return found
+
+    def clear(self) -> None:
+        """No decoy is left."""
+        self.mounts = {}
+        shutil.rmtree(self._decoys)
+        os.mkdir(self._decoys, 0o700)
+
+    def left(self) -> List[str]:
+        """What a tool has left behind, on either side."""
+        found = [os.path.join(self.run_dir, name) for name in os.listdir(self.run_dir)]
+        for folder in ("/run/libvirt-cbt", "/var/lib/libvirt/cbt-scratch"):
+            inside = self.host.inside(folder)
+            if os.path.isdir(inside):
+                found += [f"far:{folder}/{name}" for name in os.listdir(inside)]
+        return found
+
+
+class Far(Sides):
     """An sshd on loopback, with host key, user key and configuration of its own; a context manager.
 
-    `home` is the near user's home, with .ssh/config; the host is called `far` there.  Errors: daemon.Unavailable.
+    In the near user's home is .ssh/config; the host is called `far` there.  Errors: daemon.Unavailable.
     """
 
     def __init__(self, host: daemon.Daemon) -> None:
         sshd = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-        if not sshd or os.geteuid():
-            raise daemon.Unavailable("sshd is not installed" if not sshd else "an sshd needs root")
-        self.host = host
+        if not sshd:
+            raise daemon.Unavailable("sshd is not installed")
+        super().__init__(host)
         self._sshd = sshd
-        self.folder = tempfile.mkdtemp(prefix="cbt-far-", dir="/tmp")
-        self.home = self._new("home")
         self.ssh = self._new("home/.ssh")
-        self.run_dir = self._new("run")
-        self._decoys = self._new("decoys")
         self.name = "far"
         self.uri = "qemu+ssh://far/system"
-        self.port = _free_port()
+        self.port = free_port()
         self.key("host")
         self.key("home/.ssh/id_ed25519")
         self.options: List[str] = []  # of the server, further ones
@@ -61,20 +137,11 @@ class Far:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _new(self, name: str) -> str:
-        path = os.path.join(self.folder, name)
-        os.mkdir(path, 0o700)
-        return path
-
-    def _read(self, name: str) -> str:
-        with open(os.path.join(self.folder, name), encoding="utf-8") as file:
-            return file.read()
-
-    def _write(self, name: str, text: str) -> str:
-        path = os.path.join(self.folder, name)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-        return path
+    def clear(self) -> None:
+        """All is as at the beginning."""
+        super().clear()
+        self.configure()
+        self.know()
 
     def key(self, name: str) -> str:
         """A new key without a passphrase; its path."""
@@ -159,53 +226,6 @@ class Far:
         """Every connection, as a firewall or a host that falls over does."""
         _kill(self.sessions())
 
-    # The two sides
-
-    def near(self, argv: List[str]) -> List[str]:
-        """A command on the near side."""
-        passwd = self._write("passwd", f"root:x:0:0:root:{self.home}:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
-        mounts = ["sh", "-c", NEAR, "sh", passwd, self._decoys, self.host.root]
-        return ["unshare", "--mount", "--propagation", "private", "--", *mounts, *argv]
-
-    def environment(self) -> Dict[str, str]:
-        """Of such a command."""
-        known = {name: value for name, value in os.environ.items() if not name.startswith(("SSH_", "LIBVIRT_", "XDG_"))}
-        return {**known, "HOME": self.home, "LIBVIRT_DEFAULT_URI": self.uri, "LIBVIRT_CBT_RUN_DIR": self.run_dir}
-
-    def decoy(self, path: str, content: bytes) -> None:
-        """What the near side sees at a path of the far side's."""
-        assert path.startswith(self.host.root + "/")
-        near = self._decoys + path[len(self.host.root) :]
-        os.makedirs(os.path.dirname(near), exist_ok=True)
-        with open(near, "wb") as file:
-            file.write(content)
-
-    def decoys(self) -> Dict[str, bytes]:
-        """All of them, by the path at which the near side sees them."""
-        found = {}
-        for folder, _, names in os.walk(self._decoys):
-            for name in names:
-                path = os.path.join(folder, name)
-                with open(path, "rb") as file:
-                    found[self.host.root + path[len(self._decoys) :]] = file.read()
-        return found
-
-    def clear(self) -> None:
-        """No decoy is left, and all is as at the beginning."""
-        shutil.rmtree(self._decoys)
-        os.mkdir(self._decoys, 0o700)
-        self.configure()
-        self.know()
-
-    def left(self) -> List[str]:
-        """What a tool has left behind, on either side."""
-        found = [os.path.join(self.run_dir, name) for name in os.listdir(self.run_dir)]
-        for folder in ("/run/libvirt-cbt", "/var/lib/libvirt/cbt-scratch"):
-            inside = self.host.inside(folder)
-            if os.path.isdir(inside):
-                found += [f"far:{folder}/{name}" for name in os.listdir(inside)]
-        return found
-
 
 def _kill(pids: List[int]) -> None:
     for pid in pids:
@@ -223,7 +243,15 @@ def _children(pid: int) -> List[int]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((ADDRESS, 0))
         return int(probe.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection((ADDRESS, port), timeout=5).close()
+    except OSError:
+        return False
+    return True

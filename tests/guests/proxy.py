@@ -1,4 +1,4 @@
-"""A wire that can be cut: a unix socket whose every connection is handed on to another one.
+"""A wire that can be cut: a socket (unix or TCP) whose every connection is handed on to another one.
 
     with Proxy(f"{folder}/wire.sock", server.socket, budgets=[5000, 100]) as wire:
         ...                # clients use wire.path; the first is cut after 5000 bytes from the server, the second after 100
@@ -17,9 +17,16 @@ import contextlib
 import os
 import socket
 import threading
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 CUT, STALL, GO_AWAY = "cut", "stall", "go away"
+
+
+Address = Union[str, Tuple[str, int]]  # the path of a unix socket, or host and port
+
+
+def _socket(address: Address) -> socket.socket:
+    return socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
 
 
 class Proxy:
@@ -29,8 +36,11 @@ class Proxy:
     budget: exactly so many bytes have been handed on.
     """
 
-    def __init__(self, path: str, server_path: str, *, budgets: Sequence[Optional[int]] = (), then: str = CUT) -> None:
-        self.path, self.server_path, self.then = path, server_path, then
+    def __init__(
+        self, path: Address, server_path: Address, *, budgets: Sequence[Optional[int]] = (), then: str = CUT
+    ) -> None:
+        self.path: Any = path
+        self.server_path, self.then = server_path, then
         self.handed: List[int] = []  # bytes from the server, of each connection so far
         self._budgets = [*budgets]
         self._gone = self._renamed = False
@@ -39,7 +49,8 @@ class Proxy:
         self._lock = threading.Lock()
         self._pairs: List[Tuple[socket.socket, socket.socket]] = []
         self._threads: List[threading.Thread] = []
-        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener = _socket(path)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.bind(path)
         self._listener.listen()
         self._start(self._accept)
@@ -69,8 +80,8 @@ class Proxy:
         for pair in self._pairs:
             for one in pair:
                 one.close()
-        if self._renamed and os.path.exists(self.server_path):
-            os.rename(self.server_path, self.path)
+        if self._renamed and os.path.exists(str(self.server_path)):
+            os.rename(str(self.server_path), self.path)
         self._renamed = False
 
     def cut(self) -> None:
@@ -93,8 +104,9 @@ class Proxy:
             self._gone = True
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             self._listener.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+            if isinstance(self.path, str):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path)
         self.cut()
 
     def _start(self, *call: object) -> None:
@@ -107,7 +119,7 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.socket(socket.AF_UNIX)
+                far = _socket(self.server_path)
                 with self._lock:
                     self._pairs.append((near, far))
                     if self._gone:

@@ -20,7 +20,7 @@ from tests.guests import fake_agent, system
 from tests.guests.far import Far
 from tests.guests.plain import MIB, Disk, PlainGuest
 from tests.libvirt.tool import guards, models, same
-from tests.remote.tool import FarTool
+from tests.remote.tool import FarTool, small_scratch
 
 SIZE = 24 * MIB
 SECONDS = 60.0
@@ -28,8 +28,8 @@ SECONDS = 60.0
 IMPATIENT = """
 import sys
 from libvirt_cbt import cli
-from libvirt_cbt.hypervisor import connection, faraway
-connection.RECONNECT_SECONDS = faraway.RECONNECT_SECONDS = 2.0
+from libvirt_cbt.hypervisor import connection, faraway, fartls
+connection.RECONNECT_SECONDS = faraway.RECONNECT_SECONDS = fartls.RECONNECT_SECONDS = 2.0
 cli.main(sys.argv[1:])
 """
 # A backup that says so and sleeps in its frozen moment.
@@ -139,18 +139,8 @@ def test_a_job_is_ended_there_when_nobody_is_left_here(far: Far, tool: FarTool, 
 
 @pytest.fixture
 def small(far: Far) -> Iterator[Callable[[int], None]]:
-    """Makes the far scratch folder a file system of so many MiB."""
-    folder = "/var/lib/libvirt/cbt-scratch"
-    enter = far.host.enter()
-
-    def mount(mib: int) -> None:
-        options = ["-t", "tmpfs", "-o", f"size={mib}m,mode=0711", "cbt-scratch", folder]
-        subprocess.run([*enter, "mkdir", "-p", folder], check=True)
-        subprocess.run([*enter, "mount", *options], check=True)
-
-    yield mount
-    while subprocess.run([*enter, "umount", folder], check=False, stderr=subprocess.DEVNULL).returncode == 0:
-        pass
+    with small_scratch(far.host) as mount:
+        yield mount
 
 
 def test_room_runs_out_there(

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from typing import Any, Dict, List
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List
 
 import libvirt
 
-from tests.guests import far, plain
+from tests.guests import daemon, far, plain
 from tests.libvirt import tool
+
+
+@contextmanager
+def small_scratch(host: daemon.Daemon) -> Iterator[Callable[[int], None]]:
+    """Makes a host's scratch folder a file system of so many MiB."""
+    folder = "/var/lib/libvirt/cbt-scratch"
+    enter = host.enter()
+
+    def mount(mib: int) -> None:
+        options = ["-t", "tmpfs", "-o", f"size={mib}m,mode=0711", "cbt-scratch", folder]
+        subprocess.run([*enter, "mkdir", "-p", folder], check=True)
+        subprocess.run([*enter, "mount", *options], check=True)
+
+    yield mount
+    while subprocess.run([*enter, "umount", folder], check=False, stderr=subprocess.DEVNULL).returncode == 0:
+        pass
 
 
 class FarTool(tool.Tool):
     """As a user of a backup server runs it, who has `far` in ~/.ssh/config."""
 
-    def __init__(self, host: far.Far, repository: str) -> None:
+    def __init__(self, host: far.Sides, repository: str) -> None:
         self.far = host
         super().__init__(host.host, repository)
 

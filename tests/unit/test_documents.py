@@ -170,6 +170,38 @@ def test_what_xml_cannot_carry_is_refused_not_dropped(bad: str) -> None:
         documents.backup("/run/s", [JobDisk("vda", f"/scratch/{bad}", tracked=True)])
 
 
+@pytest.mark.parametrize("address", ["192.0.2.7", "2001:db8::7", "host.example"])
+def test_a_job_by_tcp_has_tls_and_names_with_the_id(address: str, backups: etree.RelaxNG) -> None:
+    disks = [JobDisk("vda", f"/scratch/{NAME}/vda.qcow2", tracked=True), LEFT_OUT]
+    root = valid(documents.backup(documents.Tcp(address, 10809, "0123456789abcdef-"), disks), backups)
+    (server,) = root.findall("server")
+    assert dict(server.items()) == {"transport": "tcp", "tls": "yes", "name": address, "port": "10809"}
+    assert rows(root, "name", "exportname") == [("vda", "0123456789abcdef-vda"), ("sda", None)]
+    job = documents.running_job(etree.tostring(root, encoding="unicode"))
+    assert (job.socket, job.address) == ("", f"{address}:10809")
+
+
+def test_a_job_by_tcp_is_proved_by_its_scratch_files() -> None:
+    """An address may be another's by now; whoever has any scratch file elsewhere is not ours."""
+    ours, other = f"/scratch/{NAME}/vda.qcow2", f"/scratch/{OLDER}/vda.qcow2"
+    for files, proved in (([ours], True), ([ours, other], False), ([other], False), ([], False)):
+        disks = [JobDisk(f"vd{n}", path, tracked=True) for n, path in enumerate(files)]
+        job = documents.running_job(documents.backup(documents.Tcp("192.0.2.7", 10809, ""), disks))
+        assert job.proves("/run/libvirt-cbt/0123456789abcdef/nbd.sock") == proved
+    unix = documents.running_job(documents.backup("/run/other", [JobDisk("vda", ours, tracked=True)]))
+    assert not unix.proves("/run/libvirt-cbt/0123456789abcdef/nbd.sock")
+
+
+@pytest.mark.parametrize("qemu_ids", [None, (64055, 109)])
+def test_pools_and_volumes(qemu_ids: Optional[Tuple[int, int]]) -> None:
+    pool = valid(documents.pool(f"/scratch/a & b/{NAME}", qemu_ids), schema("storagepool"))
+    assert (pool.findtext("name"), pool.findtext("target/path")) == (NAME, f"/scratch/a & b/{NAME}")
+    assert pool.findtext("target/permissions/mode") == ("0710" if qemu_ids else "0700")
+    assert pool.findtext("target/permissions/group") == ("109" if qemu_ids else None)
+    volume = valid(documents.volume("/scratch/vda.qcow2", 5 << 20), schema("storagevol"))
+    assert (volume.findtext("name"), volume.findtext("capacity")) == ("vda.qcow2", str(5 << 20))
+
+
 def test_only_our_checkpoints_are_ours() -> None:
     """With this answer a checkpoint may be removed by us."""
     assert documents.repository_of(info()) == "0123456789abcdef"
