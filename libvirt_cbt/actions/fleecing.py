@@ -213,6 +213,7 @@ class Job(Fleece):
             _, self.quiesced = bracket.around(self._begin_job, self._hooks.frozen)
             self.frozen_at = now()
             self._begun = time.monotonic()
+            self._guard.begun()
             self.stage.advance("running", thaw_owed=not self.quiesced.thawed)
 
     def _begin_job(self) -> None:

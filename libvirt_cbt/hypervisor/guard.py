@@ -111,6 +111,10 @@ class Guard:
         elif self._slowed:
             self._answer("watching", ANSWER_SECONDS)
 
+    def begun(self) -> None:
+        """The job is there: from now on libvirt is asked, too, how much of the room is used."""
+        self._say(do="begun")
+
     def _require_watching(self, host: str) -> None:
         """From here nobody else sees the room there."""
         reason = self.wait_ready()

@@ -104,6 +104,8 @@ class Guardian:
         elif verb == "watch":
             self._watch(words["socket"], words["directory"], words["reserve"], words["speed"])
             say("watching")
+        elif verb == "begun":
+            threading.Thread(target=self._statistics, name="statistics", daemon=True).start()
         elif verb == "stay":
             self._stays = True
             if self._lookout:
@@ -133,7 +135,6 @@ class Guardian:
         self._used_limit = max(0, self._host.site.room(directory) - reserve)
         if self._lookout:
             self._lookout.watch(socket, directory, reserve)
-        threading.Thread(target=self._statistics, daemon=True).start()
 
     def _slowed(self, socket: str, speed: int) -> None:
         try:
@@ -146,7 +147,11 @@ class Guardian:
         self._stopped = pace.stopped(self._host, self._uuid)
 
     def _statistics(self) -> None:
-        """libvirt's own count, where the folder is not what fills up; it hangs with a stopped QEMU, so not in the loop."""
+        """libvirt's own count, where the folder is not what fills up; it hangs with a stopped QEMU, so not in the loop.
+
+        Never while a job is begun: when that fails, libvirt 9.0 clears up as if nobody else spoke to this QEMU
+        (src/qemu/qemu_backup.c, qemuBackupDiskDataCleanupOne), and dies when somebody does.
+        """
         while True:
             try:
                 self._used = job.scratch_used(self._host, self._uuid)
