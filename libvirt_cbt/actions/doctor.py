@@ -8,7 +8,7 @@ from typing import Callable, List, Optional, Tuple
 from libvirt_cbt import errors, names, places, scripts, tools
 from libvirt_cbt.actions import fleecing, offline, results, tracking
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import address, bitmaps, checkpoints, defining, domain, job, scratch, site
+from libvirt_cbt.hypervisor import address, bitmaps, checkpoints, daemons, defining, domain, job, scratch, site
 from libvirt_cbt.repository import store
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -80,6 +80,9 @@ def _binding() -> Finding:
 def _libvirt(session: Session) -> Finding:
     libvirt_version, qemu = session.host.versions()
     shown = f"libvirt {_dotted(libvirt_version)}, QEMU {_dotted(qemu)} at {session.host.uri}"
+    where = address.parse(session.host.address)
+    if where.here and (answering := daemons.connected(where.parameters.get("socket"))):
+        shown += f", {', '.join(answering)}"
     if libvirt_version < OLDEST_LIBVIRT or qemu < OLDEST_QEMU:
         return FAILED, f"{shown}: incremental backup needs libvirt 7.2 and QEMU 5.2 at least; update the host"
     return OK, shown

@@ -42,6 +42,11 @@ def qemu_ids() -> Tuple[int, int]:
     raise Unavailable("no user libvirt-qemu or qemu")
 
 
+def program(name: str) -> Optional[str]:
+    """Where a daemon is; None where it is not installed."""
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
 class Daemon:
     """One private libvirtd; a context manager that ends it and every QEMU of it by pid.
 
@@ -50,10 +55,12 @@ class Daemon:
     Errors: Unavailable.
     """
 
+    name, sock = "libvirtd", "libvirt-sock"
+
     def __init__(self) -> None:
-        libvirtd = shutil.which("libvirtd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-        if not libvirtd:
-            raise Unavailable("libvirtd is not installed")
+        found = program(self.name)
+        if not found:
+            raise Unavailable(f"{self.name} is not installed")
         libvirt.registerErrorHandler(lambda *_: None, None)  # they are raised; not printed as well
         self.qemu_ids = qemu_ids()
         self.privileged = os.geteuid() == 0
@@ -66,7 +73,7 @@ class Daemon:
         self.pid: Optional[int] = None
         self._conn: Any = None
         self._keeper: Optional[subprocess.Popen[str]] = None
-        self._argv = [libvirtd, "-f", self._configuration(), "-p", os.path.join(self.root, "libvirtd.pid")]
+        self._argv = [found, "-f", self._configuration(), "-p", os.path.join(self.root, "libvirtd.pid")]
 
     def _shared(self, name: str) -> str:
         path = os.path.join(self.root, name)
@@ -81,7 +88,7 @@ class Daemon:
         sockets = os.path.join(self.root, "sock") if self.privileged else os.path.join(self.root, "xdg/run/libvirt")
         for folder in (state, etc, sockets):
             os.makedirs(folder, mode=0o755)
-        self.socket = os.path.join(sockets, "libvirt-sock")
+        self.socket = os.path.join(sockets, self.sock)
         mode = "system" if self.privileged else "session"
         self.uri = f"qemu:///{mode}?socket={self.socket}"
         # No virtlogd to look after; no AppArmor profile that does not know our paths; no cgroups of the host.
@@ -278,3 +285,9 @@ class Daemon:
             except OSError:
                 continue
         return "\n".join(found)
+
+
+class Modular(Daemon):
+    """QEMU's own daemon of libvirt's modular ones, which Fedora and RHEL have; Debian builds it and leaves it out."""
+
+    name, sock = "virtqemud", "virtqemud-sock"
