@@ -24,6 +24,17 @@ from libvirt_cbt import errors, names, tls
 tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 MOST_BYTES: Final = 1 << 20
 UNITS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+# How a value is written, where the kind of it is wrong.
+WANTED: Final = {
+    "list_type": 'it is a list, such as ["web*", "db1"]',
+    "string_type": 'it is text in quotes, such as "web1"',
+    "int_type": "it is a number without quotes, such as 7",
+    "bool_type": "it is true or false, without quotes",
+    "model_type": "it is a table of its own, such as [policy.web] or [defaults]",
+    "dict_type": "it is a table for each, such as [policy.web]",
+    "too_short": "it is empty",
+    "string_too_short": "it is empty",
+}
 SIZES: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -301,7 +312,7 @@ def _sentence(error: ValidationError, tables: Dict[str, Any]) -> str:
         return f"{where}unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; libvirt-cbt.toml(5) lists the keys")
     if first["type"] == "missing":
         return f"{where}key '{key}' is missing"
-    return f"{where}{key}: {re.sub('^Value error, ', '', first['msg'])}"
+    return f"{where}{key}: {WANTED.get(first['type']) or re.sub('^Value error, ', '', first['msg'])}"
 
 
 def _keys(table: Sequence[str]) -> List[str]:

@@ -110,7 +110,8 @@ def test_a_run_of_all_is_noted_and_one_of_some_is_not(call: Callable[..., Told],
     repository = store.Repository.open(str(folder / "repo"))
     assert call(POLICY, "run", "test")[0] != 0  # this libvirt makes no backups
     assert runs.last(repository) == []
-    assert call(POLICY, "run")[0] != 0
+    code, _, err = call(f'textfile = "{folder}/other"\n{POLICY}', "run")
+    assert code != 0 and "FOLDER/other is there and holds no metrics" in err and (folder / "other").read_text() == "kept"
     (noted,) = runs.last(repository)
     assert (noted.hosts, noted.domains, len(noted.failed), noted.host_failures) == ([URI], 1, 1, [])
 
