@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from contextlib import contextmanager
-from typing import Callable, Final, Iterator
+from typing import Callable, Final, Iterator, Optional
 
 from libvirt_cbt import errors
 
@@ -35,8 +35,19 @@ def explained(repository: str, path: str) -> Iterator[None]:
         if e.errno in FULL:
             raise errors.RepositoryFull(repository=repository, path=path) from None
         if e.errno in _DENIED:
-            raise errors.RepositoryDenied(repository=repository, reason=f"{path}: {reason}") from None
+            way_out = _way_out(repository, e.errno)
+            raise errors.RepositoryDenied(repository=repository, reason=f"{path}: {reason}{way_out}") from None
         raise errors.RepositoryError(reason=f"repository {repository}: {path}: {reason}") from None
+
+
+def _way_out(repository: str, number: Optional[int]) -> str:
+    if number == errno.EROFS:
+        return "; it has to be mounted for writing"
+    try:
+        owner = os.stat(repository).st_uid
+    except OSError:
+        return ""
+    return "" if owner == os.geteuid() else f"; run this as {f'user {owner}' if owner else 'root'}"
 
 
 @contextmanager

@@ -102,6 +102,16 @@ def test_errors_as_sentences(number: int, kind: type[errors.CbtError]) -> None:
         raise OSError(number, os.strerror(number))
     assert "/repo" in str(caught.value)
     assert caught.value.code == 15
+    assert (number == errno.EROFS) == ("has to be mounted for writing" in str(caught.value))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_whose_a_repository_is_is_told(tmp_path: Path) -> None:
+    for owner, said in ((65534, "; run this as user 65534"), (0, "")):
+        os.chown(tmp_path, owner, -1)
+        with pytest.raises(errors.RepositoryDenied) as caught, durable.explained(str(tmp_path), str(tmp_path / "x")):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        assert str(caught.value).endswith(f"{tmp_path}/x: Permission denied{said}")
 
 
 def test_a_replacement_that_finds_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
