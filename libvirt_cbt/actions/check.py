@@ -141,6 +141,7 @@ class _Look:
             self.problem("critical", name, sentence)
         if found.damage:
             self.problem("critical", name, f"{found.damage} stretches of its backups are damaged; `libvirt-cbt verify` names them")
+        self._figures.append(results.Threshold(f"{name} failing", len(found.failing), "", None, None))
         for failure in found.failing:
             state = "critical" if failure.code == errors.Damaged.code else "warning"
             self.problem(state, name, f"the last {failure.work} failed with {failure.code} at {failure.time}: {failure.message}")

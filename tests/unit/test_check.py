@@ -60,7 +60,7 @@ def test_all_is_well(repository: store.Repository) -> None:
     assert (result.state, result.code, result.problems) == ("ok", 0, [])
     (one,) = result.domains
     assert (one.domain, one.age_seconds, one.backups, one.generation) == ("web1", 3600.0, 1, 1)
-    assert {f.name: f.value for f in result.figures if f.name != "free"} == {"web1 age": 3600.0, "web1 unread": 3600.0}
+    assert {f.name: f.value for f in result.figures if f.name != "free"} == {"web1 age": 3600.0, "web1 unread": 3600.0, "web1 failing": 0}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,12 @@ def test_the_line_of_a_plugin(repository: store.Repository, capfd: pytest.Captur
     assert code == 0 and len(lines) == 1
     text, _, figures = lines[0].partition(" | ")
     assert text == "LIBVIRT-CBT OK: 1 domains, the newest backup of each at most 1.0 h old"
-    assert [bool(FIGURE.fullmatch(f)) for f in re.findall(r"'(?:[^']|'')+'=\S+", figures)] == [True] * 3
+    assert [bool(FIGURE.fullmatch(f)) for f in re.findall(r"'(?:[^']|'')+'=\S+", figures)] == [True] * 4
+    outcomes.failed(repository.domain(samples.UUID), "prune", errors.Busy(reason="x"))
+    failing = [line.split("'it''s_a_b failing'=")[1] for line in (lines[0], run(capfd, "-r", repository.path, "check", *free)[1][0])]
+    assert failing == ["0;;;0", "1;;;0"]
+    with outcomes.noted(repository.domain(samples.UUID), "prune"):
+        pass
     assert "'it''s_a_b age'=3600.0s;93600;180000;0" in figures
     code, lines = run(capfd, "-r", repository.path, "check", "--warning-age", "30min", "--critical-age", "45min", *free)
     assert (code, lines[0].split(" (")[0]) == (2, "LIBVIRT-CBT CRITICAL: it's/a=b: its newest backup is 1.0 h old")
