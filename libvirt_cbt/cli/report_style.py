@@ -39,7 +39,11 @@ dl.facts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem
 dl.facts dt {{ color: var(--soft); font-size: .875rem; }}
 dl.facts dd {{ margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }}
 dl.facts small {{ display: block; font-weight: 400; color: var(--soft); font-size: .8125rem; }}
-.wide {{ overflow-x: auto; }}
+.wide {{ overflow-x: auto; --shade: 1.1rem; background:
+  linear-gradient(to right, var(--card) 35%, transparent) local 0 0 / calc(2 * var(--shade)) 100% no-repeat,
+  linear-gradient(to left, var(--card) 35%, transparent) local 100% 0 / calc(2 * var(--shade)) 100% no-repeat,
+  linear-gradient(to right, var(--line), transparent) scroll 0 0 / var(--shade) 100% no-repeat,
+  linear-gradient(to left, var(--line), transparent) scroll 100% 0 / var(--shade) 100% no-repeat; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }}
 caption {{ text-align: left; color: var(--soft); padding-bottom: .4rem; font-size: .875rem; }}
 th, td {{ text-align: left; padding: .3rem 1rem .3rem 0; white-space: nowrap; border-bottom: 1px solid var(--line); vertical-align: top; }}
@@ -61,7 +65,9 @@ table.drawn tfoot th, table.drawn tfoot td {{ padding-top: .4rem; font-weight: 4
 svg {{ display: block; width: 100%; background: var(--track); border-radius: 2px; }}
 svg.bars {{ height: 2.6rem; }}
 svg.row {{ height: .95rem; }}
-.ends {{ display: flex; justify-content: space-between; gap: 1rem; color: var(--soft); }}
+.ends {{ display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; color: var(--soft); }}
+.ends > * {{ white-space: nowrap; }}
+.ends > :last-child {{ margin-left: auto; }}
 .kind {{ fill: var(--text); }} .bar {{ fill: var(--bar); }} .ice {{ fill: var(--ice); }} .fault {{ fill: var(--alarm); }}
 .h1 {{ fill: var(--h1); }} .h2 {{ fill: var(--h2); }} .h3 {{ fill: var(--h3); }}
 .h4 {{ fill: var(--h4); }} .h5 {{ fill: var(--h5); }} .h6 {{ fill: var(--h6); }}
@@ -91,7 +97,7 @@ table.month td.out {{ background: none; }}
   :root {{ color-scheme: light; {LIGHT} --page:#fff; }}
   body {{ max-width: none; padding: 0; font-size: 10pt; }}
   section {{ border: 0; border-top: 1px solid var(--line); border-radius: 0; padding: .75rem 0; }}
-  .wide {{ overflow: visible; }}
+  .wide {{ overflow: visible; background: none; }}
   tr, ul.alarms, dl.facts, table.drawn, table.month {{ break-inside: avoid; }}
   h2, h3, caption {{ break-after: avoid; }}
   svg, table.month td, ul.alarms {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
