@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import List, Optional, Sequence, Tuple
+import shutil
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 from libvirt_cbt import durable, errors, xmldoc
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import defining, made
+from libvirt_cbt.hypervisor import defining, made, tpm
 from libvirt_cbt.repository import manifest, npy, store
 
 XML = "domain.xml"
 NVRAM = "nvram"  # in a generation's directory
+TPM = "tpm"
 MOST = 128 << 20  # bytes of either
 
 
@@ -54,21 +57,20 @@ class Defining:
         same_identity: bool,
     ) -> None:
         """Errors: IdentityTaken, Usage, NoHypervisor, HypervisorError, Damaged."""
-        self._session, self._name = session, name
+        self._session, self._kept, self._name = session, kept, name
         session.host.site.require_here("a restored domain")
         self._uuid = None if same_identity else defining.new_uuid()
         made.require_free(session.host, name, kept.uuid if same_identity else None)
         self._xml = xml(kept, generation)
         self._nvram = stored(kept, generation, NVRAM)
+        self._tpm = stored(kept, generation, TPM)
         self._document(
             [results.RestoredFile(d.target, f"/{d.target}", d.capacity) for d in wanted], None, "raw"
         )  # what cannot be made into a document is told now, not hours later
 
-    def _document(
-        self, files: Sequence[results.RestoredFile], nvram: Optional[str], fmt: str
-    ) -> Tuple[str, List[str]]:
+    def _document(self, files: Sequence[results.RestoredFile], nvram: Optional[str], fmt: str) -> Tuple[str, List[str]]:
         images = {file.target: defining.Image(file.path, fmt) for file in files}
-        return defining.document(self._xml, defining.Copy(self._name, self._uuid, images, nvram))
+        return defining.document(self._xml, defining.Copy(self._name, self._uuid, images, nvram, self._tpm is not None))
 
     def require_free(self, folder: str) -> None:
         """Errors: TargetExists for the file of the UEFI variables; Usage for a folder that no domain can be told of."""
@@ -92,9 +94,38 @@ class Defining:
         document, warnings = self._document(files, nvram, fmt)
         host = self._session.host
         try:
-            uuid = made.define(host, document)
+            with self._tpm_state(warnings):
+                uuid = made.define(host, document)
             if start:
                 made.start(host, uuid)
         except errors.HypervisorError as e:
             raise errors.HypervisorError(reason=f"{e}; the restored images stay in {folder}") from None
         return results.Defined(self._name, uuid, start, nvram), warnings
+
+    @contextmanager
+    def _tpm_state(self, warnings: List[str]) -> Iterator[None]:
+        """The state of the TPM lies where libvirt looks for it before the domain is there; gone again when that fails.
+
+        libvirt gives it to swtpm's user when it starts the domain, and removes it when that is undefined.
+        """
+        path = tpm.state(self._session.host.uri, self._xml, self._uuid or self._kept.uuid)
+        if self._tpm is None or path is None:
+            yield
+            return
+        top = os.path.dirname(os.path.dirname(path))
+        if os.path.lexists(top):
+            warnings.append(f"a state of the emulated TPM is there already, and stays: {top}")
+            yield
+            return
+        try:
+            os.makedirs(os.path.dirname(top), mode=0o711, exist_ok=True)
+            os.mkdir(top, 0o711)
+            os.mkdir(os.path.dirname(path), 0o700)
+            durable.write_new(path, self._tpm)
+            durable.sync_directory(os.path.dirname(path))
+            yield
+        except BaseException as e:
+            shutil.rmtree(top, ignore_errors=True)
+            if isinstance(e, OSError):
+                raise errors.OutputFailed(path=path, reason=e.strerror) from None
+            raise

@@ -8,7 +8,19 @@ from typing import Callable, List, Optional, Tuple
 from libvirt_cbt import errors, names, places, scripts, tools
 from libvirt_cbt.actions import fleecing, offline, results, tracking
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.hypervisor import address, bitmaps, checkpoints, daemons, defining, domain, job, scratch, site
+from libvirt_cbt.hypervisor import (
+    address,
+    bitmaps,
+    checkpoints,
+    connection,
+    daemons,
+    defining,
+    domain,
+    job,
+    scratch,
+    site,
+    tpm,
+)
 from libvirt_cbt.repository import store
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -58,7 +70,7 @@ def doctor(session: Session, domain_name: Optional[str] = None, *, scratch_dir: 
         check("scratch room", lambda: _room(where, dom, scratch_dir))
         check("chain", lambda: _chain(session, dom))
         check("disks", lambda: _disks(dom))
-        check("firmware", lambda: _firmware(where, dom))
+        check("firmware", lambda: _firmware(session.host, where, dom))
         for disk in dom.disks:
             reason = disk.unprotected or disk.untracked
             disks.append(results.DoctorDisk(disk.target, disk.unprotected is None, reason is None, reason))
@@ -220,8 +232,8 @@ def _disks(dom: domain.Domain) -> Finding:
     return (WARNING, "; ".join(weak)) if weak else (OK, f"{len(dom.disks)} disks, all tracked")
 
 
-def _firmware(where: site.Site, dom: domain.Domain) -> Finding:
-    if defining.emulated_tpm(dom.xml):
+def _firmware(host: connection.Host, where: site.Site, dom: domain.Domain) -> Finding:
+    if defining.emulated_tpm(dom.xml) and tpm.state(host.uri, dom.xml, dom.uuid) is None:
         return WARNING, "the state of the emulated TPM is in no backup: keep the recovery keys of what is sealed with it"
     path = defining.nvram(dom.xml)
     if path is None:

@@ -11,7 +11,7 @@ from libvirt_cbt.actions import fleecing
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.pulling import Read
-from libvirt_cbt.hypervisor import defining
+from libvirt_cbt.hypervisor import defining, tpm
 from libvirt_cbt.nbdio import copy, qcow2
 from libvirt_cbt.repository import manifest
 
@@ -25,6 +25,7 @@ def recorded(fleece: Fleece, reads: Dict[str, Read]) -> Tuple[manifest.Manifest,
     modes = {d.mode for d in plan.disks if d.copy != copy.NOTHING}
     if modes:
         files.update(_variables(fleece))
+        files.update(_tpm(fleece))
     made = manifest.Manifest(
         id=plan.intent.id,
         repository=plan.intent.repository,
@@ -67,6 +68,23 @@ def _variables(fleece: Fleece) -> Dict[str, str]:
         fleece.warnings.append(f"the UEFI variables are not in this backup: {path}: {reason}")
         return {}
     return {"nvram": fleece.stage.add("nvram", data)}
+
+
+def _tpm(fleece: Fleece) -> Dict[str, str]:
+    """The state of an emulated TPM as a file of the generation, as it is a little after the disks."""
+    host, dom = fleece.plan.host, fleece.plan.dom
+    if not defining.emulated_tpm(dom.xml):
+        return {}
+    path = tpm.state(host.uri, dom.xml, fleece.plan.intent.domain.uuid)
+    try:
+        if path is None:
+            raise ValueError("its XML has it elsewhere")
+        data = host.site.read(path, tpm.MOST)
+    except (OSError, ValueError) as e:
+        reason = f"{path}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        fleece.warnings.append(f"the state of the emulated TPM is not in this backup: {reason}")
+        return {}
+    return {"tpm": fleece.stage.add("tpm", data)}
 
 
 def _disk(fleece: Fleece, plan: DiskPlan, read: Read) -> manifest.ManifestDisk:

@@ -40,6 +40,7 @@ ENVIRONMENT: Final[Dict[str, str]] = {
     "LIBVIRT_CBT_LOG": "Where messages go, where there is no --log.",
     "LIBVIRT_CBT_NBD_PORTS": "Ports on which the QEMU of a host by TLS may listen, where there is no --nbd-ports.",
     "LIBVIRT_CBT_RUN_DIR": "The folder of sockets, in place of /run/libvirt-cbt.",
+    "LIBVIRT_CBT_SWTPM_DIR": "Where libvirt keeps the states of emulated TPMs, if it was built for other folders.",
     "LIBVIRT_CBT_SPOOL_DIR": "Where hooks note what happened, in place of /var/lib/libvirt-cbt-spool.",
     "LIBVIRT_CBT_HOOKS_DIR": "An administrator's scripts, in place of /etc/libvirt-cbt/hooks.d.",
     "LIBVIRT_CBT_HOOKS_SECONDS": "The time that each of these scripts has, in place of 60.",

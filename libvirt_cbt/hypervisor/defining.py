@@ -39,6 +39,7 @@ class Copy:
     uuid: Optional[str]
     images: Mapping[str, Image]
     nvram: Optional[str] = None
+    tpm: bool = False  # whether the state of its emulated TPM comes along
     links_down: bool = False
     record: Optional[str] = None
 
@@ -204,8 +205,11 @@ def _firmware(root: etree._Element, copy: Copy, warnings: List[str]) -> None:
             warnings.append("this backup has no UEFI variables; the firmware begins with those of its template")
             if not row.get("template"):
                 _remove(row)
-    if any(backend.get("type") == "emulator" for backend in root.iterfind("devices/tpm/backend")):
-        warnings.append("the state of the emulated TPM is in no backup: what was sealed with it needs its recovery key")
+    emulated = any(backend.get("type") == "emulator" for backend in root.iterfind("devices/tpm/backend"))
+    if emulated and not copy.tpm:
+        warnings.append(
+            "the state of the emulated TPM does not come along, it begins empty: what was sealed with it needs its recovery key"
+        )
 
 
 def _identity(root: etree._Element, uuid: str, warnings: List[str]) -> None:

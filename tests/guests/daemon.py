@@ -234,6 +234,7 @@ class Daemon:
             # Not the host's; there are none.
             "LIBVIRT_CBT_HOOKS_DIR": os.path.join(self.root, "hooks.d"),
             "LIBVIRT_CBT_SPOOL_DIR": os.path.join(self.root, "spool"),
+            "LIBVIRT_CBT_SWTPM_DIR": self.swtpm,
         }
 
     def inside(self, path: str) -> str:
@@ -269,6 +270,11 @@ class Daemon:
         Only of a daemon of root's: the others call those of the host.
         """
         return os.path.join(self.root, "state/etc/libvirt/hooks/qemu.d")
+
+    @property
+    def swtpm(self) -> str:
+        """The folder of the states of its guests' TPMs."""
+        return os.path.join(self.root, "state/var/lib/libvirt/swtpm" if self.privileged else "xdg/config/libvirt/qemu/swtpm")
 
     def qemu_log(self, name: str) -> str:
         """The path of a guest's log, to which its QEMU prints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional
@@ -11,6 +12,7 @@ import libvirt
 import pytest
 from lxml import etree
 
+from libvirt_cbt import xmldoc
 from libvirt_cbt.hypervisor import defining
 from tests.guests import daemon, system
 from tests.guests.plain import MIB, Disk, PlainGuest
@@ -134,11 +136,23 @@ def test_what_a_document_reaches_on_this_host_is_left_out_or_named(tmp_path: Pat
     text, warnings = defining.document(HOSTILE, defining.Copy("copy", uuid, images, nvram="/new/copy_VARS.fd"))
     root = valid(text, tmp_path)
     said = " ".join(warnings)
-    for reached in ("/home/evil/qemu", "/etc/shadow", "/root/key", "/dev/evil", "/run/evil.sock", "/dev/input", "/dev/tpm0", "+0:+0"):
+    for reached in (
+        "/home/evil/qemu",
+        "/etc/shadow",
+        "/root/key",
+        "/dev/evil",
+        "/run/evil.sock",
+        "/dev/input",
+        "/dev/tpm0",
+        "+0:+0",
+    ):
         assert reached not in text or reached in said, reached
     assert "/etc/shadow (kernel)" in said and "/root/key" in said and "/dev/evil" in said
     assert "/new/" not in said and "OVMF" not in said
-    left = [root.find(p) is not None for p in ("devices/emulator", "seclabel", "devices/filesystem", "devices/shmem", "devices/tpm")]
+    left = [
+        root.find(p) is not None
+        for p in ("devices/emulator", "seclabel", "devices/filesystem", "devices/shmem", "devices/tpm")
+    ]
     assert set(left) == {uuid is None}
 
 
@@ -221,7 +235,51 @@ def test_uefi_variables(tool: Tool, libvirtd: daemon.Daemon, made: List[str], tm
         os.unlink(f"{guest.folder}/VARS.fd")
         warned = tool.backup(guest)
         assert any("UEFI variables are not in this backup" in w for w in warned["warnings"])
-        guest.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+        guest.domain.undefineFlags(
+            libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+        )
+
+
+@pytest.mark.skipif(not shutil.which("swtpm_setup"), reason="needs swtpm")
+def test_the_state_of_a_tpm(tool: Tool, libvirtd: daemon.Daemon, made: List[str], tmp_path: Path) -> None:
+    class Sealed(PlainGuest):
+        def xml(self) -> str:
+            root = etree.fromstring(super().xml())
+            device = etree.SubElement(xmldoc.find(root, "devices"), "tpm", model="tpm-crb")
+            etree.SubElement(device, "backend", type="emulator", version="2.0")
+            return etree.tostring(root, encoding="unicode")
+
+    def state(uuid: str) -> Path:
+        return Path(libvirtd.swtpm, uuid, "tpm2/tpm2-00.permall")
+
+    made.append("copy")
+    with Sealed(libvirtd, "sealed", [Disk("vda", MIB)]) as guest:
+        guest.define()
+        guest.start()
+        backup = tool.backup(guest)
+        assert not any("TPM" in warning for warning in backup["warnings"])
+        held = state(guest.uuid).read_bytes()
+        path = f"{tool.repository}/{guest.uuid}/backups/{backup['backup']}/tpm"
+        assert Path(path).read_bytes() == held and os.stat(path).st_mode & 0o077 == 0
+        restoring = ["restore", "sealed", "--output", os.path.join(libvirtd.images, "sealed-copy"), "--define", "copy"]
+        found = tool.run(*restoring).result
+        assert found["warnings"] == []
+        copy = libvirtd.domain("copy")
+        valid(copy.XMLDesc(), tmp_path)
+        assert state(copy.UUIDString()).read_bytes() == held
+        copy.create()
+        # libvirt has found a state, and made none: the seeds and sealed keys are those of the original.
+        log = Path(libvirtd.root, "state/var/log/swtpm/libvirt/qemu/copy-swtpm.log")
+        assert copy.isActive() and (not log.exists() or "manufacturing" not in log.read_text(errors="replace"))
+        assert state(copy.UUIDString()).exists()
+        copy.destroy()
+        copy.undefine()
+        assert not state(copy.UUIDString()).exists()
+        made.remove("copy")
+        # Gone: said, and the backup is made.
+        guest.destroy()
+        state(guest.uuid).unlink()
+        assert any("TPM is not in this backup" in warning for warning in tool.backup(guest)["warnings"])
 
 
 def test_a_restored_domain_boots(
