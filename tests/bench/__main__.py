@@ -33,6 +33,8 @@ ROWS: Final[Dict[str, str]] = {
     "extents": "bitmaps.bitmap_extents",
     "query": "query",
     "memory": "memory",
+    "thousand": "thousand",
+    "lasting": "thousand.lasting",
 }
 
 

@@ -32,9 +32,17 @@ TIME = "2026-01-02T03:04:05.678Z"
 QUESTIONS = {"one": ("15", "16"), "all": ("1", "latest"), "everything": ("*", "latest")}
 
 
-def build(path: str, *, capacity: int = TIB, generations: int = GENERATIONS, share: float = SHARE) -> int:
-    """Makes the repository; gives the bytes of all deltas."""
-    kept = store.Repository.init(path).domain(UUID)
+def build(
+    path: str,
+    *,
+    capacity: int = TIB,
+    generations: int = GENERATIONS,
+    share: float = SHARE,
+    uuid: names.DomainUuid = UUID,
+    name: str = "synthetic",
+) -> int:
+    """Makes the repository, of so many generations and the first; gives the bytes of all deltas."""
+    kept = store.Repository.init(path).domain(uuid)
     rng = np.random.default_rng(1)
     blocks = capacity // BLOCK
     size = 0
@@ -46,13 +54,13 @@ def build(path: str, *, capacity: int = TIB, generations: int = GENERATIONS, sha
                 chosen = np.sort(rng.choice(blocks, int(blocks * share), replace=False))
                 states = rng.choice([extents.DATA, extents.ZERO], len(chosen), p=[0.9, 0.1])
                 rows = extents.coalesce(extents.make(chosen * BLOCK, BLOCK, states))
-            size += _publish(kept, generation, rows, capacity)
+            size += _publish(kept, name, generation, rows, capacity)
     return size
 
 
-def _publish(kept: store.DomainStore, generation: int, rows: extents.Extents, capacity: int) -> int:
+def _publish(kept: store.DomainStore, name: str, generation: int, rows: extents.Extents, capacity: int) -> int:
     identity = names.new_backup_id()
-    domain = manifest.DomainName(uuid=kept.uuid, name="synthetic")
+    domain = manifest.DomainName(uuid=kept.uuid, name=name)
     intent = manifest.Intent(
         id=identity, repository=kept.repository.id, domain=domain, host="h", tool_host="h", boot_id="b", uri="u",
         checkpoint=names.checkpoint(identity), scratch={},

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [["version"], ["nothing"], ["verify"], ["query"]])
+@pytest.mark.parametrize("rows", [["version"], ["nothing"], ["verify"], ["query"], ["thousand", "lasting"]])
 def test_a_quick_look(rows: List[str], tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     argv = [str(ROOT / "script" / "bench"), *rows, "--quick", "--rounds", "1", "--json", str(path)]
