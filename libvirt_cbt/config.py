@@ -281,6 +281,8 @@ def _parsed(path: str, *, given: bool) -> Dict[str, Any]:
         reason = _sentence(e, found)
     except UnicodeDecodeError:
         reason = "it is not UTF-8"
+    except RecursionError:
+        reason = "its values are nested too deeply"
     except ValueError as e:
         reason = str(e)
     else:

@@ -6,10 +6,11 @@ trusted.  No DOCTYPE (so no entities), no network, no huge trees.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Optional, Tuple
 
 from lxml import etree
 
@@ -95,6 +96,18 @@ def find(parent: etree._Element, path: str) -> etree._Element:
     if found is None:
         raise LookupError(f"template has no {path}")
     return found
+
+
+def number(digits: str) -> Optional[int]:
+    """What libvirt's schema calls unsignedLong; None for anything else, be it digits of another script."""
+    return int(digits) if re.fullmatch(r"[0-9]{1,20}", digits) and int(digits) < 1 << 64 else None
+
+
+def owner(label: str) -> Optional[Tuple[int, int]]:
+    """User and group of a label of model dac, as `+64055:+109`; None where they are named, or no ids."""
+    found = re.fullmatch(r"\+?([0-9]{1,10}):\+?([0-9]{1,10})", label)
+    ids = (int(found[1]), int(found[2])) if found else None
+    return ids if ids and max(ids) < (1 << 32) - 1 else None
 
 
 def text(parent: etree._Element, path: str) -> str:

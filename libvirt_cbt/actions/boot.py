@@ -54,7 +54,7 @@ class _Record:
             found = _Record(**json.loads(text))
             names.backup_id(found.id)
             ends = (os.path.basename(found.folder), os.path.basename(found.run_dir))
-        except (ValueError, TypeError, errors.Usage):
+        except (ValueError, TypeError, RecursionError, errors.Usage):
             return None
         absolute = os.path.isabs(found.folder) and os.path.isabs(found.run_dir)
         return found if absolute and ends == (PREFIX + found.id, PREFIX + found.id) else None

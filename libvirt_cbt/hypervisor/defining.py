@@ -13,7 +13,7 @@ from typing import Final, List, Mapping, Optional, Tuple
 
 from lxml import etree
 
-from libvirt_cbt import names, xmldoc
+from libvirt_cbt import errors, names, xmldoc
 from libvirt_cbt.hypervisor import reach
 
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -49,7 +49,10 @@ def document(text: str, copy: Copy) -> Tuple[str, List[str]]:
     root = xmldoc.parse(text, "the stored XML of the domain")
     warnings: List[str] = []
     root.attrib.pop("id", "")
-    xmldoc.find(root, "name").text = copy.name
+    name = root.find("name")
+    if name is None:
+        raise errors.HypervisorError(reason="the stored XML of the domain names no domain")
+    name.text = copy.name
     _clean(root)
     _disks(root, copy, warnings)
     _firmware(root, copy, warnings)

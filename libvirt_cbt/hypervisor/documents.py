@@ -153,11 +153,10 @@ def running_job(text: str) -> RunningJob:
             continue
         target = row.get("name", "")
         scratch = row.find("scratch")
-        index = row.get("index", "")
         found[target] = Export(
             export=row.get("exportname") or target,
             bitmap=row.get("exportbitmap"),
-            index=int(index) if index.isdecimal() else None,
+            index=xmldoc.number(row.get("index", "")),
             scratch="" if scratch is None else scratch.get("file", ""),
         )
     if server is None:
@@ -182,14 +181,12 @@ def checkpoint_info(text: str) -> CheckpointInfo:
     disks: Dict[str, Optional[int]] = {}
     for row in root.iterfind("disks/disk"):
         if row.get("checkpoint") == "bitmap":
-            size = row.get("size", "")
-            disks[row.get("name", "")] = int(size) if size.isdecimal() else None
-    created = xmldoc.text(root, "creationTime")
+            disks[row.get("name", "")] = xmldoc.number(row.get("size", ""))
     return CheckpointInfo(
         name=xmldoc.text(root, "name"),
         description=xmldoc.text(root, "description"),
         parent=xmldoc.text(root, "parent/name") or None,
-        created=int(created) if created.isdecimal() else 0,
+        created=xmldoc.number(xmldoc.text(root, "creationTime")) or 0,
         disks=disks,
     )
 

@@ -141,9 +141,9 @@ def _qemu_ids(root: etree._Element) -> Optional[Tuple[int, int]]:
     """From <seclabel model='dac'><label>+64055:+109</label>: libvirt tells whom QEMU runs as."""
     for label in root.iterfind("seclabel"):
         if label.get("model") == "dac":
-            user, _, group = xmldoc.text(label, "label").partition(":")
-            if user.lstrip("+").isdecimal() and group.lstrip("+").isdecimal():
-                return int(user.lstrip("+")), int(group.lstrip("+"))
+            ids = xmldoc.owner(xmldoc.text(label, "label"))
+            if ids:
+                return ids
     return None
 
 

@@ -105,7 +105,7 @@ def qemu_ids(host: connection.Host) -> Optional[Tuple[int, int]]:
     root: etree._Element = xmldoc.parse(text, "the capabilities of the host")
     for model in root.iterfind("host/secmodel"):
         if xmldoc.text(model, "model") == "dac":
-            user, _, group = xmldoc.text(model, "baselabel").partition(":")
-            if user.lstrip("+").isdecimal() and group.lstrip("+").isdecimal():
-                return int(user.lstrip("+")), int(group.lstrip("+"))
+            ids = xmldoc.owner(xmldoc.text(model, "baselabel"))
+            if ids:
+                return ids
     return None

@@ -155,7 +155,8 @@ class Ssh:
         words = rest.split()
         if kind != "no" or not words:
             raise Lost(f"the far end says {names.printable(line)!r}")
-        raise Refused(words[0], str(number(words[1:])) if words[0] == "space" else text("".join(words[1:])))
+        said = str(number(words[1:])) if words[0] == "space" else text("".join(words[1:]))
+        raise Refused(words[0], said or names.printable(words[0], 100))
 
     def _send(self, data: bytes) -> None:
         assert self._process.stdin

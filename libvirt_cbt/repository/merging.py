@@ -8,7 +8,7 @@ from typing import Final, Iterator, List, Tuple
 
 import numpy as np
 
-from libvirt_cbt import durable, errors, extents
+from libvirt_cbt import durable, extents
 from libvirt_cbt.repository import manifest, npy
 from libvirt_cbt.repository.store import DomainStore
 
@@ -60,21 +60,13 @@ def windows(lower: npy.Reader, upper: npy.Reader, capacity: int) -> Iterator[Win
     """
     for low in range(0, capacity, WINDOW):
         high = min(low + WINDOW, capacity)
-        below, above = (_rows(reader, low, high) for reader in (lower, upper))
+        below, above = (reader.window(low, high) for reader in (lower, upper))
         # By whole rows: of a large full nearly all are untouched.
         first = np.searchsorted(extents.ends(above), below["offset"], side="right")
         last = np.searchsorted(above["offset"], extents.ends(below), side="left")
         apart = (first >= last) & (below["offset"] >= low) & (extents.ends(below) <= high)
         parts = _parts(below[~apart], above, low, high)
         yield Window(below[apart], parts, above[above["offset"] >= low], below[below["offset"] >= low])
-
-
-def _rows(reader: npy.Reader, low: int, high: int) -> extents.Extents:
-    rows = reader.window(low, high)
-    problem = extents.check(rows, 1 << 62)
-    if problem:
-        raise errors.Damaged(path=reader.path, reason=problem)
-    return rows
 
 
 def _parts(below: extents.Extents, above: extents.Extents, low: int, high: int) -> List[Part]:

@@ -19,6 +19,7 @@ from libvirt_cbt import durable, errors, extents
 
 HEADER_BYTES: Final = 256
 SLICE: Final = 65536  # rows read at once where all are wanted
+BEYOND: Final = 1 << 62  # bytes: no disk is as large, and sums of two do not wrap around
 
 
 def _header(dtype: np.dtype[Any], rows: int) -> bytes:
@@ -107,10 +108,20 @@ class Reader:
         os.close(self._fd)
 
     def slice(self, first: int, last: int) -> extents.Extents:
-        """Rows [first, last)."""
+        """Rows [first, last), which follow one another and the row before: a digest proves nothing against who made it."""
         size = self._dtype.itemsize
-        data = os.pread(self._fd, (last - first) * size, HEADER_BYTES + first * size)
-        return np.frombuffer(data, self._dtype)
+        before = min(first, 1)
+        begin = first - before
+        data = os.pread(self._fd, (last - begin) * size, HEADER_BYTES + begin * size)
+        if len(data) != (last - begin) * size:
+            raise errors.Damaged(path=self.path, reason="it was cut short")
+        rows = np.frombuffer(data, self._dtype)
+        problem = extents.check(rows, BEYOND)
+        if not problem and self._dtype == extents.CONTENT and (rows["offset"] % extents.GRAIN).any():
+            problem = "a run does not begin on a grain"
+        if problem:
+            raise errors.Damaged(path=self.path, reason=problem)
+        return rows[before:]
 
     def index(self, offset: int) -> int:
         """The first row that ends beyond byte `offset` of the disk."""

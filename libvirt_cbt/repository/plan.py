@@ -7,7 +7,7 @@ from typing import Final, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from libvirt_cbt import errors, extents
+from libvirt_cbt import extents
 from libvirt_cbt.repository import npy
 
 WINDOW: Final = 1 << 30  # bytes of the disk planned at once: memory stays flat however many runs there are
@@ -45,9 +45,6 @@ class Shown:
         self._cells = extents.Cells(low, high, extents.GRAIN)
         first_of = np.append(0, np.cumsum([len(r) for r in rows]))
         for layer in range(len(chain) - 1, -1, -1):
-            problem = extents.check(rows[layer], 1 << 62)
-            if problem:
-                raise errors.Damaged(path=chain[layer].path, reason=problem)
             inside = extents.clip(rows[layer], low, high)
             number = np.arange(1, len(inside) + 1, dtype=np.int64) + first_of[layer]
             self._cells.paint(inside, np.where(inside["state"] == extents.DATA, number, 0).astype(np.int32))

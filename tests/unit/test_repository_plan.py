@@ -61,11 +61,12 @@ def test_window_is_the_whole_array_cut(tmp_path: Any, rnd: random.Random, monkey
     """Slices of `step` rows, so that searches and reads cross their borders."""
     monkeypatch.setattr(npy, "SLICE", step)
     for number, count in enumerate([0, 1, 2, 5, 64, 200]):
-        rows = content(rows_of(rnd, count))
+        columns = np.array(rows_of(rnd, count), np.uint64).reshape(-1, 3).T
+        rows = extents.make(*columns)
         path = str(tmp_path / f"{number}.npy")
-        digest = written(path, rows)
+        digest = written(path, rows, extents.EXTENT)
         size = int(extents.ends(rows)[-1]) if count else 100
-        with npy.Reader(path, extents.CONTENT, digest) as reader:
+        with npy.Reader(path, extents.EXTENT, digest) as reader:
             for window in [1, 7, 100, 1000, size + 5]:
                 for low in range(0, size + 5, max(window, size // 30 + 1)):
                     want = rows[(extents.ends(rows) > low) & (rows["offset"] < low + window)]
@@ -189,3 +190,33 @@ def test_everything_of_one_layer(tmp_path: Any) -> None:
     with npy.Reader(path, extents.CONTENT, written(path, content(rows))) as reader:
         found = [(r.layer, r.offset, r.length, r.keep) for r in plan.everything(reader, 3)]
     assert found == [(3, 0, G, ()), (3, 12 * G, 512, ())]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([(0, 65536, 1), (512, 512, 1)], "overlap or are out of order"),
+        ([(65536, 65536, 1), (0, 65536, 1)], "overlap or are out of order"),
+        ([(0, 0, 1)], "empty"),
+        ([(0, 65536, 3)], "unknown state"),
+        ([(2**63, 2**63, 1)], "beyond the disk"),
+        ([(32768, 65536, 1)], "begin on a grain"),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 65536])
+def test_rows_that_are_none_are_damage_though_their_digest_is_right(
+    tmp_path: Any, monkeypatch: Any, rows: List[Any], reason: str, step: int
+) -> None:
+    """Who can write to a repository makes digests, too; a run that begins inside a grain would be restored elsewhere."""
+    monkeypatch.setattr(npy, "SLICE", step)
+    path = str(tmp_path / "a.npy")
+    whole = npy._header(extents.CONTENT, len(rows)) + content(rows).tobytes()
+    with open(path, "wb") as file:
+        file.write(whole)
+    with npy.Reader(path, extents.CONTENT, blake3.blake3(whole).hexdigest()) as reader:
+        with pytest.raises(errors.Damaged, match=reason):
+            reader.window(0, 1 << 30)
+        with pytest.raises(errors.Damaged, match=reason):
+            list(plan.restore([reader], 1 << 20))
+        with pytest.raises(errors.Damaged, match=reason):
+            list(plan.everything(reader, 0))
