@@ -14,7 +14,7 @@ import select
 import socket
 import time
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Final, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Final, Iterable, List, Optional, Sequence, Tuple
 
 from libvirt_cbt import errors
 from libvirt_cbt.nbdio.server import Endpoint
@@ -89,8 +89,7 @@ class Connection:
             # not be fragmented it says which request failed (nbd/server.c, nbd_do_cmd_read).  All we read is data.
             self._read_flags = int(nbd.CMD_FLAG_DF) if self._handle.can_df() else 0
             self.can_zero = bool(self._handle.can_zero())
-            # libnbd would let only pread_structured, and its callback for every chunk, ask for that.
-            self._handle.set_strict_mode(self._handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
+            self._chunks = bool(self._handle.get_structured_replies_negotiated())
             self.contexts = frozenset(c for c in contexts if self._handle.can_meta_context(c))
         except BaseException as e:
             # Dropped here, not when the error has been handled: its traceback holds this frame, and a socket that is
@@ -103,7 +102,25 @@ class Connection:
             raise
 
     def read(self, buffer: Any, offset: int, done: Finished) -> None:
-        self._submit(self._handle.aio_pread, (nbd.Buffer.from_buffer(buffer), offset), done, self._read_flags)
+        """`done` gets EPROTO when the server says that all is well without having given every byte once.
+
+        libnbd 1.14 lets a reply in chunks leave bytes out: what was in the buffer before would be taken for data.
+        """
+        where = nbd.Buffer.from_buffer(buffer)
+        if not self._chunks:
+            self._submit(self._handle.aio_pread, (where, offset), done)
+            return
+        length = len(buffer)
+        found: Deque[Tuple[int, int]] = deque(maxlen=length)  # there need be no end of chunks
+
+        def chunk(piece: Any, at: int, _status: int, _error: Any) -> int:
+            found.append((at, len(piece)))
+            return 0
+
+        def arrived(error: int) -> None:
+            done(error or (0 if _whole(found, offset, length) else errno.EPROTO))
+
+        self._submit(self._handle.aio_pread_structured, (where, offset, chunk), arrived, self._read_flags)
 
     def write(self, buffer: Any, offset: int, done: Finished) -> None:
         self._submit(self._handle.aio_pwrite, (nbd.Buffer.from_buffer(buffer), offset), done)
@@ -280,6 +297,16 @@ def close(connections: Sequence[Connection]) -> None:
             pass  # that is the goodbye
     for connection in connections:
         connection.drop()
+
+
+def _whole(pieces: Iterable[Tuple[int, int]], offset: int, length: int) -> bool:
+    """Whether (offset, length) pieces are the whole of a stretch, each byte once."""
+    end = offset
+    for at, size in sorted(pieces):
+        if at != end:
+            return False
+        end += size
+    return end == offset + length
 
 
 def _sentence(error: Any) -> str:

@@ -24,6 +24,7 @@ POOL: Final = 64
 LONGEST_RUN: Final = 1 << 20  # of data, with one digest
 STOP_SECONDS: Final = 0.02  # how often `stop` is asked: it looks at files and pipes, a turn may take microseconds
 BURST_SECONDS: Final = 0.1  # of unused bandwidth that may be made up for
+LONGEST_TURN: Final = 1.0  # seconds of one that count as waiting
 SLOWEST: Final = extents.GRAIN  # bytes a second
 GONE: Final = (errno.ENOTCONN, errno.ESHUTDOWN, errno.EPIPE, errno.ECONNRESET)  # the server went, not the sector
 
@@ -79,7 +80,7 @@ class Lane(ABC):
         self.target, self.options = target, options
         self.rate = Rate(options.bandwidth)  # `run` gives all its lanes one
         self.busy = 0  # slots taken
-        self.moved = time.monotonic()
+        self.waited = 0.0  # seconds, for whatever is in flight
         self._pool: Dict[int, List[bytearray]] = {}
 
     @property
@@ -108,7 +109,7 @@ class Lane(ABC):
 
     def settle(self) -> None:
         if sum(c.settle() for c in self.connections) or not any(c.in_flight for c in self.connections):
-            self.moved = time.monotonic()
+            self.waited = 0.0
 
     def take(self, size: int) -> bytearray:
         kept = self._pool.get(size)
@@ -141,13 +142,16 @@ def run(lanes: Sequence[Lane], stop: Callable[[], None]) -> None:
         first = number % max(len(lanes), 1)
         for lane in (*lanes[first:], *lanes[:first]):
             _step(lane, stop)
+            if lane.waited > lane.options.stall_seconds and not lane.done:
+                raise lane.stalled()
         if all(lane.done for lane in lanes):
             return
-        # Judged after a turn in which nothing came: whoever stopped us for an hour did not stall the server.
-        quiet = not _turn(lanes, stop)
+        begun = time.monotonic()
+        _turn(lanes, stop)
+        # Whoever stopped us for an hour did not stall the server; one whose bytes come and finish nothing has.
+        passed = min(time.monotonic() - begun, LONGEST_TURN)
         for lane in lanes:
-            if quiet and not lane.done and time.monotonic() - lane.moved > lane.options.stall_seconds:
-                raise lane.stalled()
+            lane.waited += passed
 
 
 def _step(lane: Lane, stop: Callable[[], None]) -> None:
@@ -160,20 +164,20 @@ def _step(lane: Lane, stop: Callable[[], None]) -> None:
         lost = client.Lost(gone.connection, str(gone))
     # Out here, and without the exception's traceback: its frames hold the handle, which could not be freed.
     lane.recover(lost, stop)
-    lane.moved = time.monotonic()
+    lane.waited = 0.0
 
 
-def _turn(lanes: Sequence[Lane], stop: Callable[[], None]) -> int:
+def _turn(lanes: Sequence[Lane], stop: Callable[[], None]) -> None:
     wait = lanes[0].rate.wait
     timeout = min(wait, client.TURN_SECONDS) if wait > 0 else client.TURN_SECONDS
     try:
-        return client.turn([c for lane in lanes for c in lane.connections if c.in_flight], timeout)
+        client.turn([c for lane in lanes for c in lane.connections if c.in_flight], timeout)
+        return
     except client.Lost as gone:
         lost = client.Lost(gone.connection, str(gone))
     owner = next(lane for lane in lanes if lost.connection in lane.connections)
     owner.recover(lost, stop)
-    owner.moved = time.monotonic()
-    return 1
+    owner.waited = 0.0
 
 
 def digest(data: Any) -> bytes:
