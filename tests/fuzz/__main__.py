@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Final, List, Tuple
+from typing import Any, Final, Set, Tuple
 
 from tests.fuzz import shapes, targets
 
@@ -42,7 +41,7 @@ def main() -> int:
                 print(f"{name} {mode}: {runs} inputs, {covered} edges, {'nothing found' if not code else 'FOUND'}", flush=True)
                 bad += bool(code)
             if asked.keep:
-                print(f"{name}: {kept(name, found, raw)} inputs added to the corpus", flush=True)
+                print(f"{name}: {kept(name, raw)} inputs added to the corpus", flush=True)
     return 1 if bad else 0
 
 
@@ -50,33 +49,57 @@ def fuzzed(name: str, mode: str, found: Path, place: Path, seconds: float) -> Tu
     """Exit code, how many inputs there were, and edges that were reached."""
     longest = "8192" if mode == "raw" else "2048"
     options = [f"-max_total_time={seconds:.0f}", f"-max_len={longest}", "-timeout=20", "-rss_limit_mb=1500", "-print_final_stats=1"]
-    done = run(name, mode, found, [*options, f"-artifact_prefix={found}/{name}-{mode}-", str(place)])
+    argv = [sys.executable, "-m", "tests.fuzz.one", name, mode, str(found), *options]
+    argv += [f"-artifact_prefix={found}/{name}-{mode}-", str(place)]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     (found / f"{name}-{mode}.log").write_text(done.stderr + done.stdout)
     counted = re.findall(r"^#(\d+)\s", done.stderr, re.MULTILINE)
     covered = re.findall(r"cov: (\d+)", done.stderr)
     return done.returncode, counted[-1] if counted else "0", covered[-1] if covered else "0"
 
 
-def run(name: str, mode: str, found: Path, arguments: List[str]) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "tests.fuzz.one", name, mode, str(found), *arguments]
-    return subprocess.run(argv, check=False, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-
-
-def kept(name: str, found: Path, raw: Path) -> int:
-    """Adds the smallest inputs that reach what those with a name do not; how many."""
+def kept(name: str, raw: Path) -> int:
+    """Adds the smallest inputs that reach lines which those with a name do not; how many."""
     corpus = shapes.CORPUS / name
     for old in corpus.iterdir():
         if HASHED.fullmatch(old.name):
             old.unlink()
-    with tempfile.TemporaryDirectory(prefix="cbt-fuzz-") as work:
-        merged = Path(work, "merged")
-        shutil.copytree(corpus, merged)
-        known = {path.name for path in merged.iterdir()}
-        run(name, "raw", found, ["-merge=1", "-timeout=20", str(merged), str(raw)])
-        new = [path.read_bytes() for path in merged.iterdir() if path.name not in known]
-    for data in sorted(filter(lambda one: len(one) <= MOST_BYTES, new), key=len)[:MOST_FILES]:
-        (corpus / hashlib.sha256(data).hexdigest()[:12]).write_bytes(data)
-    return len(os.listdir(corpus)) - len(known)
+    reached = set().union(*(lines(name, path.read_bytes()) for path in corpus.iterdir()))
+    found = {path.read_bytes() for path in raw.iterdir()}
+    added = 0
+    for data in sorted((one for one in found if len(one) <= MOST_BYTES), key=lambda one: (len(one), one)):
+        new = lines(name, data) - reached
+        if new and added < MOST_FILES:
+            reached |= new
+            added += 1
+            (corpus / hashlib.sha256(data).hexdigest()[:12]).write_bytes(data)
+    return added
+
+
+def lines(name: str, data: bytes) -> Set[Tuple[str, int, int]]:
+    """The steps from line to line that an input takes in our own code."""
+    found: Set[Tuple[str, int, int]] = set()
+
+    def outer(frame: Any, _event: str, _argument: Any) -> Any:
+        if "/libvirt_cbt/" not in frame.f_code.co_filename:
+            return None
+        at = frame.f_lineno
+
+        def inner(frame: Any, event: str, _argument: Any) -> Any:
+            nonlocal at
+            if event == "line":
+                found.add((frame.f_code.co_filename, at, frame.f_lineno))
+                at = frame.f_lineno
+            return inner
+
+        return inner
+
+    sys.settrace(outer)
+    try:
+        targets.TARGETS[name](data)
+    finally:
+        sys.settrace(None)
+    return found
 
 
 if __name__ == "__main__":
