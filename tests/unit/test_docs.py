@@ -12,9 +12,10 @@ import click
 import pytest
 
 import libvirt_cbt
-from libvirt_cbt import cli, config, errors
+from libvirt_cbt import cli, config, errors, scripts
 from libvirt_cbt.actions import metrics
 from libvirt_cbt.cli import manual_words
+from libvirt_cbt.hooks import installing
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 README: Final = ROOT / "README.md"
@@ -73,6 +74,18 @@ def test_automation_shows_what_is_there(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.toml"
         path.write_text(one, encoding="utf-8")
         config.load([str(path)], given=True)
+
+
+def test_the_document_of_hooks_shows_what_is_there() -> None:
+    text = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^ {4}libvirt-cbt ((?:-\S+ \S+ )*)([a-z]+)(.*)$", text, re.MULTILINE)
+    assert len(shown) >= 6
+    for _, name, rest in shown:
+        command = importlib.import_module(f"libvirt_cbt.cli.{name}").command
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options(command)
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE)) == set(scripts.PHASES)
+    for event in installing.EVENTS:
+        assert event in text
 
 
 def test_every_verb_of_the_readme_is_a_function() -> None:

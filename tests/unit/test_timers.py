@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from libvirt_cbt import errors
 from libvirt_cbt.actions import results
 from libvirt_cbt.hooks import timers, units
 
+AUTOMATION = Path(__file__).resolve().parents[2] / "docs" / "automation.md"
 NAME = 'a "repository" of 100% $HOME \\'
 
 
@@ -48,6 +50,16 @@ def argv(service: Dict[str, str]) -> List[str]:
     return [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(service["ExecStart"])]
 
 
+def verified(*paths: str) -> None:
+    """systemd has nothing against these units; what it thinks of others of this machine is not asked."""
+    analyze = shutil.which("systemd-analyze")
+    if not analyze:
+        pytest.skip("systemd-analyze is not installed")
+    command = [analyze, "verify", "--man=no", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert [line for line in done.stderr.splitlines() if "libvirt-cbt" in line] == [], done.stderr
+
+
 def test_systemd_takes_them(session: libvirt_cbt.Session, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "program", lambda: [shutil.which("true")])
     made = install(session, folder, "--config", "/etc/a $b.toml", environment={"LIBVIRT_CBT_RUN_DIR": "/x/$y", "PATH": "/z"})
@@ -58,12 +70,23 @@ def test_systemd_takes_them(session: libvirt_cbt.Session, folder: Path, monkeypa
     assert argv(service["Service"])[1:] == ["--config", "/etc/a $b.toml", "-r", session.path, "run"]
     assert service["Service"]["Environment"] == '"LIBVIRT_CBT_RUN_DIR=/x/$y"'  # where a dollar is a dollar
     assert "@" not in "".join(Path(path).read_text(encoding="utf-8") for path in made.files)
-    analyze = shutil.which("systemd-analyze")
-    if not analyze:
-        pytest.skip("systemd-analyze is not installed")
-    command = [analyze, "verify", "--man=no", *made.files]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert [line for line in done.stderr.splitlines() if "libvirt-cbt-run" in line] == [], done.stderr
+    verified(*made.files)
+
+
+def test_systemd_takes_those_of_the_document(
+    session: libvirt_cbt.Session, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "program", lambda: [shutil.which("true")])
+    timer, service = install(session, folder).files
+    blocks = re.findall("```ini\n(.*?)```", AUTOMATION.read_text(encoding="utf-8"), re.DOTALL)
+    override, mail, own = (block.replace("/usr/local/bin/libvirt-cbt", "/bin/true") for block in blocks)
+    Path(f"{service}.d").mkdir()
+    Path(f"{service}.d", "override.conf").write_text(override, encoding="utf-8")
+    assert "OnFailure=libvirt-cbt-mail@%n.service" in override
+    (folder / "libvirt-cbt-mail@.service").write_text(mail, encoding="utf-8")
+    (folder / "libvirt-cbt-own.service").write_text(own, encoding="utf-8")
+    instance = folder / f"libvirt-cbt-mail@{Path(service).name}.service"
+    verified(timer, service, str(instance), str(folder / "libvirt-cbt-own.service"))
 
 
 def test_what_the_service_needs_is_not_shut_off(session: libvirt_cbt.Session, folder: Path) -> None:
