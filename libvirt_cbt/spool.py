@@ -27,6 +27,7 @@ NEW, VDSM, TAKEN, ASIDE = "new", "vdsm", "taken", "aside"
 LOOKS: Final = frozenset({"started", "stopped", "arriving", "leaving", "plugged", "unplugged"})
 KINDS: Final[Dict[str, frozenset[str]]] = {NEW: LOOKS | {"crashed", "reverted"}, VDSM: LOOKS}
 OVERFLOW: Final = "overflow"  # more domains than there is room for: all are looked at
+BASE_MODE: Final = 0o711
 MOST: Final = 5000  # names that are looked at at a time
 EVENT: Final = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([a-z]{1,16})")
 
@@ -61,12 +62,16 @@ def place(repository: str, base: Optional[str] = None) -> str:
 def make(directory: str, folder: str, owner: Optional[Tuple[int, int]] = None) -> None:
     """The folders, of those that hooks write to NEW or VDSM; `owner` is the user and group of the hook.  Errors: OSError.
 
-    Nobody but the owner may put an event into it, or look.
+    Nobody but the owner may put an event into it, or look.  A base that is there already may be /srv or worse: it stays
+    as it is, and has to be fit.
     """
     base = os.path.dirname(directory)
-    os.makedirs(os.path.dirname(base), mode=0o755, exist_ok=True)
-    for path in (base, directory):
-        _folder(path, 0o711)
+    if os.path.isdir(base):
+        _require_fit(base, owner)
+    else:
+        os.makedirs(os.path.dirname(base), mode=0o755, exist_ok=True)
+        _folder(base, BASE_MODE)
+    _folder(directory, BASE_MODE)
     for name in (folder, TAKEN, ASIDE):
         _folder(os.path.join(directory, name), 0o700)
     if owner:
@@ -81,8 +86,12 @@ def drop(directory: str, folder: str) -> bool:
     _empty(os.path.join(directory, folder))
     if any(os.path.isdir(os.path.join(directory, name)) for name in KINDS):
         return True
-    for path in (os.path.join(directory, TAKEN), os.path.join(directory, ASIDE), directory, os.path.dirname(directory)):
-        _empty(path)
+    for name in (TAKEN, ASIDE):
+        _empty(os.path.join(directory, name))
+    _removed(directory)
+    base = os.path.dirname(directory)
+    if os.path.isdir(base) and stat.S_IMODE(os.stat(base).st_mode) == BASE_MODE:  # as we make it, and hardly anybody else
+        _removed(base)
     return False
 
 
@@ -91,9 +100,17 @@ def _empty(folder: str) -> None:
         for entry in _entries(folder):
             if EVENT.fullmatch(entry.name) or entry.name == OVERFLOW:
                 os.unlink(entry.path)
+    except FileNotFoundError:
+        return
+    _removed(folder)
+
+
+def _removed(folder: str) -> None:
+    """If nothing is in it."""
+    try:
         os.rmdir(folder)
     except OSError as e:
-        if e.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+        if e.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY):
             raise
 
 
@@ -106,6 +123,15 @@ def count(directory: str) -> int:
         except OSError:
             continue
     return found
+
+
+def _require_fit(base: str, owner: Optional[Tuple[int, int]]) -> None:
+    status = os.stat(base)
+    mode = status.st_mode
+    if mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+        raise PermissionError(errno.EPERM, f"others may write to {base}; name another --spool-dir")
+    if owner and not mode & 0o001:
+        raise PermissionError(errno.EPERM, f"user {owner[0]} may not pass {base}; run `chmod o+x` on it")
 
 
 def _folder(path: str, mode: int) -> None:

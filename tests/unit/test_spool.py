@@ -41,6 +41,28 @@ def test_the_folders_are_root_s_and_nobody_else_looks_into_them(place: Path) -> 
     assert modes == {"root": 0o711, place.name: 0o711, "new": 0o700, "vdsm": 0o700, "taken": 0o700, "aside": 0o700}
 
 
+def test_a_folder_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    """/srv or /tmp, say, by a slip of the pen."""
+    bases = ((0o755, True, None), (0o700, True, None), (0o700, False, (1, 1)), (0o1777, False, None), (0o775, False, None))
+    for mode, fit, owner in bases:
+        base = tmp_path / f"{mode:o}{fit}"
+        base.mkdir()
+        base.chmod(mode)
+        (base / "overflow").touch()
+        place = base / "0011223344556677"
+        if fit:
+            spool.make(str(place), spool.NEW, owner)
+            assert (place / spool.NEW).is_dir()
+        else:
+            with pytest.raises(PermissionError, match=r"may (write to|not pass)"):
+                spool.make(str(place), spool.NEW, owner)
+        assert not spool.drop(str(place), spool.NEW)
+        assert (stat.S_IMODE(base.stat().st_mode), os.listdir(base)) == (mode, ["overflow"])
+        (base / "overflow").unlink()
+        assert not spool.drop(str(place), spool.NEW)
+        assert base.is_dir()
+
+
 def test_events_come_in_their_order_until_they_are_done_with(place: Path) -> None:
     note(place, f"{TWO}.started", seconds=20)
     note(place, f"{ONE}.crashed", seconds=10)

@@ -25,6 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("LIBVIRT_CBT_REPO", raising=False)
     monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)
     (tmp_path / "other").write_text("kept")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o1777)
     store.Repository.init(str(tmp_path / "repo"))
     return tmp_path
 
@@ -72,6 +74,7 @@ WRONG: List[Tuple[str, List[str], int, str]] = [
     (POLICY, ["hooks", "install"], 2, "Missing argument 'libvirt|vdsm'. Choose from: libvirt, vdsm; `libvirt-cbt hooks install"),
     (POLICY, ["hooks", "install", "xen"], 2, "Invalid value for 'libvirt|vdsm': 'xen' is not one of 'libvirt', 'vdsm'"),
     (POLICY, ["hooks", "install", "libvirt", "--directory", "FOLDER/other/x"], 10, "there is no FOLDER/other: this host has no libvirt;"),
+    (POLICY, ["hooks", "install", "libvirt", "--directory", "FOLDER/h", "--spool-dir", "FOLDER/open"], 15, "cannot write FOLDER/open"),
     (POLICY, ["-r", "FOLDER/none", "hooks", "install", "libvirt"], 10, "no repository at FOLDER/none"),
     (POLICY, ["systemd", "install", "--directory", "FOLDER/other/x"], 15, "cannot write FOLDER/other/x: Not a directory"),
     (POLICY, ["systemd", "instal"], 2, "No such command 'instal'"),
