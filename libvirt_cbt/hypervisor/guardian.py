@@ -30,6 +30,7 @@ STATISTICS_SECONDS: Final = 1.0
 AFTERMATH_SECONDS: Final = 3.0
 GIVE_UP_SECONDS: Final = 600.0  # a daemon or QEMU that does not answer is given up then; the next run tries, too
 GO_ON_SECONDS: Final = 0.5  # a write that failed just before the job ended is reported within this time
+HANG_UP_SECONDS: Final = 0.5
 PAUSES: Final = (0.1, 60.0)  # seconds between two tries to end a job; each may keep one of libvirtd's workers busy
 
 
@@ -123,6 +124,7 @@ class Guardian:
             say("fired")
             self._thaw()
         if self._socket and self._low():
+            self._leave_to_tool(self._socket)
             self._finish(0.0)
             if not self._stopped:
                 pace.go_on(self._host, self._uuid, GO_ON_SECONDS)
@@ -176,6 +178,22 @@ class Guardian:
         if self._lookout is None:
             return scratch.room(self._directory)
         return self._lookout.free if self._lookout.full is None else self._lookout.full
+
+    def _leave_to_tool(self, socket: str) -> None:
+        """Waits a little for the tool, which has been told: it hangs up, then ends the job.
+
+        Ended under a client that reads, QEMU 7.2 at times never comes back from nbd-server-stop, and its guest with it.
+        Half of the reserve may go meanwhile; where it cannot be seen going, or the client is a stranger, nothing waits.
+        """
+        seen = self._lookout is None and (self._used_limit is None or self._used <= self._used_limit)
+        end = time.monotonic() + HANG_UP_SECONDS
+        try:
+            while seen and not self._stays and time.monotonic() < end and scratch.room(self._directory) >= self._reserve // 2:
+                if not job.exporting(self._host, self._uuid, socket):
+                    return
+                time.sleep(PAUSES[0] / 20)
+        except (OSError, errors.CbtError):
+            return  # the folder has gone, or libvirt: `_end` looks again
 
     # What it does
 

@@ -5,8 +5,8 @@ All but the last of them are synthetic: marks of one small delta each, under the
 
 from __future__ import annotations
 
-import gc
 import os
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Dict, Final, List
@@ -104,7 +104,7 @@ def lasting(world: World, effort: Effort) -> List[Row]:
                 libvirt_cbt.backup(session, guest.name, scratch_dir=world.host.scratch, quiesce="none")
             sizes.append(_resident() / MB)
             if number >= rounds // 2:  # what is imported and opened once is there by then
-                left.append(float(_held(world)))
+                left.append(float(_settled(world)))
     what = f"things more (descriptors, children, mounts, sockets, files) after {2 * rounds} generations than after {rounds}"
     grown = f"memory of a process after {2 * rounds} generations, more than after {rounds}"
     return [
@@ -113,8 +113,16 @@ def lasting(world: World, effort: Effort) -> List[Row]:
     ]
 
 
+def _settled(world: World) -> int:
+    """The least of a few looks: libvirt's thread closes a connection after it was let go, and a guard takes its leave."""
+    found = _held(world)
+    for _ in range(20):
+        time.sleep(0.02)
+        found = min(found, _held(world))
+    return found
+
+
 def _held(world: World) -> int:
-    gc.collect()  # of a connection that was given up the collector closes the descriptor
     folders = ["/proc/self/fd", world.host.run_dir, world.host.scratch]
     lists = ["/proc/self/mountinfo", f"/proc/self/task/{os.getpid()}/children"]
     count = sum(len(os.listdir(folder)) for folder in folders)

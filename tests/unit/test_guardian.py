@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 import pytest
 
 from libvirt_cbt import names
-from libvirt_cbt.hypervisor import guardian, job, pace
+from libvirt_cbt.hypervisor import guardian, job, pace, scratch
 
 UUID = names.domain_uuid("9999a938-2dfd-4056-963e-b2b3b4727f5a")
 WATCH: Dict[str, Any] = {"do": "watch", "socket": "/run/x", "directory": "/scratch", "reserve": 1, "speed": 0}
@@ -46,3 +46,30 @@ def _noted(into: List[threading.Thread], start: Any) -> Any:
         start(thread)
 
     return noting
+
+
+@pytest.mark.parametrize(("room", "used", "asked"), [
+    ([95, 90, 85], 0, 3),  # the tool ends the job, as soon as it has hung up
+    ([95, 60, 49], 0, 2),  # half of the reserve has gone
+    ([95], 2 << 30, 0),  # libvirt counts it, and the folder does not show it
+])  # fmt: skip
+def test_the_tool_hangs_up_before_the_job_is_ended(
+    monkeypatch: pytest.MonkeyPatch, room: List[int], used: int, asked: int
+) -> None:
+    looks: List[str] = []
+    rooms = iter(room)
+
+    def exporting(*_: object) -> bool:
+        looks.append("job")
+        return len(looks) < 3
+
+    monkeypatch.setattr(scratch, "room", lambda _: next(rooms))
+    monkeypatch.setattr(job, "exporting", exporting)
+    monkeypatch.setattr(guardian, "HANG_UP_SECONDS", 60.0)
+    monkeypatch.setattr(pace, "stopped", lambda *_: False)
+    host: Any = SimpleNamespace(site=SimpleNamespace(lookout=lambda _: None, room=lambda _: 1 << 30))
+    made = guardian.Guardian(host, UUID)
+    made._do({**WATCH, "reserve": 100})
+    made._used = used
+    made._leave_to_tool("/run/x")
+    assert len(looks) == asked
