@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Callable, Collection, Dict, Final, List, Optional, Set, Tuple
+from typing import Collection, Dict, Final, List, Optional, Set, Tuple
 
 from libvirt_cbt import errors, points
-from libvirt_cbt.actions import merging as steps
-from libvirt_cbt.actions import results
+from libvirt_cbt.actions import carrying, results, taking
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.nbdio import merge
+from libvirt_cbt.nbdio import reshape
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import manifest, merging, outcomes, pins, retention, store
 
@@ -63,7 +61,7 @@ def prune(
         _require_known(kept)
         decision = _decided(kept, rules, remove)
         before = _occupied(kept)
-        work = _Work(session, kept, options or Options())
+        work = taking.Work(session, kept, options or Options())
         killed = merging.begun(kept)
         if killed:
             pins.outlive(kept, session.watch.stop)
@@ -168,109 +166,13 @@ def _settle(session: Session, kept: store.DomainStore, *, mend: bool) -> None:
                 for target in (*layers.disks, *layers.below):
                     layer = os.path.join(kept.directory(generation.id), f"{target}.qcow2")
                     if target in layers.disks and os.path.isfile(layer):
-                        merge.cut(layer, generation.require(target).capacity)
+                        reshape.cut(layer, generation.require(target).capacity)
                     if mend and os.path.isfile(layer):
-                        merge.mend_leaks(layer)
+                        reshape.mend_leaks(layer)
                 for name in merging.tidy(kept, generation.id):
                     session.watch.note(f"removed {name} of backup {generation.id}, which an ended prune left")
         except errors.CbtError as e:
             session.watch.note(f"backup {generation.id} was left as it is: {e}")
-
-
-# How it goes
-
-
-@dataclass(frozen=True)
-class _Failure:
-    backup: str
-    target: str
-    error: errors.CbtError
-
-
-@dataclass
-class _Work:
-    """Taking backups away, one disk of one of them at a time; what one cannot do does not stop the others."""
-
-    session: Session
-    kept: store.DomainStore
-    options: Options
-    merged: List[results.Merged] = field(default_factory=list)
-    failures: List[_Failure] = field(default_factory=list)
-    done: int = 0
-
-    def take_away(self, removed: Set[str]) -> None:
-        """First whole chains, which costs nothing; then the oldest layers, oldest first, and the others newest first.
-
-        So every run is written once, however many neighbours go.
-        """
-        targets = sorted({d.target for m in self.kept.generations() for d in m.disks})
-        disks = [steps.Disk(self.session, self.kept, target, self.options) for target in targets]
-        for disk in disks:
-            for backup in reversed(self._left(disk, removed)):
-                if not disk.children(backup):
-                    self._try(disk, backup, lambda d=disk, b=backup: steps.drop(d, b))  # type: ignore[misc]
-        while True:
-            before = self.done
-            for disk in disks:
-                self._merge_all(disk, removed)
-            short = [f for f in self.failures if isinstance(f.error, errors.NoRoomToMerge)]
-            if self.done == before or not short:
-                return
-            # What was done since may have made the room.
-            self.failures = [f for f in self.failures if f not in short]
-
-    def _merge_all(self, disk: steps.Disk, removed: Set[str]) -> None:
-        # What was begun first: nothing can be merged into a layer that is no backup any more.
-        for backup in reversed(self._left(disk, removed)):
-            if disk.on_its_way(backup) and disk.entry(backup).parent is not None:
-                self._merge(disk, backup, steps.into_child)
-        for backup in self._left(disk, removed):
-            if disk.entry(backup).parent is None and len(disk.children(backup)) == 1:
-                self._merge(disk, backup, steps.into_oldest)
-        for backup in reversed(self._left(disk, removed)):
-            if disk.entry(backup).parent is None and len(disk.children(backup)) == 1:
-                continue
-            for _ in disk.children(backup):
-                self._merge(disk, backup, steps.into_child)
-            if not disk.children(backup):
-                self._try(disk, backup, lambda d=disk, b=backup: steps.drop(d, b))  # type: ignore[misc]
-
-    def _left(self, disk: steps.Disk, removed: Set[str]) -> List[str]:
-        """What is to go and is still there, ascending; with what a prune that was killed has begun to take away."""
-        failed = {f.backup for f in self.failures if f.target == disk.target}
-        found = []
-        for generation in self.kept.generations():
-            layers = self.kept.layers(generation.id)
-            here = (disk.target in layers.disks and generation.id in removed) or disk.target in layers.below
-            if here and generation.id not in failed:
-                found.append(generation.id)
-        return found
-
-    def _merge(self, disk: steps.Disk, backup: str, merging_step: Callable[[steps.Disk, str, str], int]) -> None:
-        children = disk.children(backup)
-
-        def merged() -> None:
-            if disk.on_its_way(children[0]):
-                # It could not be taken away, so what lies below it stays, too.
-                raise next(f.error for f in self.failures if (f.backup, f.target) == (children[0], disk.target))
-            written = merging_step(disk, backup, children[0])
-            self.merged.append(results.Merged(disk.target, backup, children[0], written))
-
-        if children:
-            self._try(disk, backup, merged)
-
-    def _try(self, disk: steps.Disk, backup: str, step: Callable[[], None]) -> None:
-        if any((f.backup, f.target) == (backup, disk.target) for f in self.failures):
-            return
-        disk.session.watch.stop()
-        try:
-            step()
-            self.done += 1
-        except errors.Interrupted:
-            raise
-        except errors.CbtError as e:
-            disk.session.watch.note(f"disk {disk.target} of backup {backup} stays: {e}")
-            self.failures.append(_Failure(backup, disk.target, e))
 
 
 def _forgettable(kept: store.DomainStore, removed: Set[str]) -> List[manifest.Manifest]:
@@ -280,11 +182,11 @@ def _forgettable(kept: store.DomainStore, removed: Set[str]) -> List[manifest.Ma
     return [m for m in generations[: min(first, len(generations) - 2)] if not kept.protected(m.id)] if first else []
 
 
-def _forget(kept: store.DomainStore, work: _Work) -> List[str]:
+def _forget(kept: store.DomainStore, work: taking.Work) -> List[str]:
     gone: List[str] = []
     for lost in kept.unread():
         # Where it belongs is known by the numbers that are missing among the others.
-        work.failures.append(_Failure(lost.id or "", "", lost.error))
+        work.failures.append(taking.Failure(lost.id or "", "", lost.error))
         return gone
     for generation in _forgettable(kept, set()):
         if kept.layers(generation.id).below:
@@ -293,7 +195,7 @@ def _forget(kept: store.DomainStore, work: _Work) -> List[str]:
             with pins.changing(kept, [generation.id]):
                 merging.forget(kept, generation.id)
         except errors.ChainPinned as e:
-            work.failures.append(_Failure(generation.id, "", e))
+            work.failures.append(taking.Failure(generation.id, "", e))
             break
         gone.append(generation.id)
     return gone
@@ -323,7 +225,7 @@ def _foreseen(kept: store.DomainStore, removed: Set[str]) -> List[results.Merged
             if upper:
                 read = upper if entry.parent is None else generation.id
                 layer = os.path.join(kept.directory(read), f"{target}.qcow2")
-                found.append(results.Merged(target, generation.id, upper, steps.on_disk(layer)))
+                found.append(results.Merged(target, generation.id, upper, carrying.on_disk(layer)))
     return found
 
 
@@ -332,7 +234,7 @@ def _result(
     decision: retention.Decision,
     merged: List[results.Merged],
     forgotten: List[str],
-    failures: List[_Failure],
+    failures: List[taking.Failure],
     freed: int,
     begun: float,
     *,
@@ -346,7 +248,9 @@ def _result(
         removed=[results.Removed(c.generation, c.id) for c in decision.removed if c.id not in failed],
         merged=merged,
         forgotten=forgotten,
-        skipped=[results.Skipped(f.backup, f.target or None, str(f.error), f.error.kind, f.error.code) for f in failures],
+        skipped=[
+            results.Skipped(f.backup, f.target or None, str(f.error), f.error.kind, f.error.code) for f in failures
+        ],
         freed_bytes=freed,
         seconds=round(time.monotonic() - begun, 3),
         dry_run=dry_run,
@@ -362,5 +266,3 @@ def _occupied(kept: store.DomainStore) -> int:
             if name != store.RESERVE:
                 seen[found.st_dev, found.st_ino] = found.st_blocks * 512
     return sum(seen.values())
-
-

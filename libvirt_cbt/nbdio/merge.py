@@ -24,7 +24,7 @@ from typing import Callable, Deque, Dict, Final, Iterator, List, Optional, Seque
 import numpy as np
 import numpy.typing as npt
 
-from libvirt_cbt import errors, extents, tools
+from libvirt_cbt import errors, extents
 from libvirt_cbt.nbdio import client, lanes, qcow2, server
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.nbdio.server import Endpoint
@@ -366,55 +366,3 @@ class _Merge(lanes.Lane):
     def _answered(self, error: int) -> None:
         self.busy -= 1
         self._judged(lambda: None)(error)
-
-
-def grow(layer: str, size: int) -> None:
-    """Makes a layer as large as the backup whose place it takes, in whole grains, so that it can be written."""
-    _resize(layer, qcow2.rounded(size))
-
-
-def cut(layer: str, size: int) -> None:
-    """Gives a layer its exact size back."""
-    if virtual_size(layer) != size:
-        _resize(layer, size)
-
-
-def _resize(layer: str, size: int) -> None:
-    now = virtual_size(layer)
-    if now != size:
-        shrink = ["--shrink"] if size < now else []
-        _changed(layer, ["qemu-img", "resize", "-q", *shrink, server.alone(layer), str(size)])
-
-
-def virtual_size(layer: str) -> int:
-    """Bytes, from the header.  Errors: Damaged.  https://www.qemu.org/docs/master/interop/qcow2.html, bytes 24 to 31."""
-    qcow2.refuse_external_data(layer)
-    return qcow2.virtual_size(layer)
-
-
-def rebase(layer: str, backing: str) -> None:
-    """Names another backing file in a layer's header; nothing is read or copied.
-
-    Errors: Damaged, LayerInUse, RepositoryFull, ToolFailed.
-    """
-    qcow2.refuse_external_data(layer)
-    _changed(layer, ["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2", layer])
-
-
-def _changed(layer: str, argv: Sequence[str]) -> None:
-    """Errors: Damaged, LayerInUse, RepositoryFull, ToolFailed."""
-    try:
-        qcow2.on_layer(layer, argv)
-    except errors.ToolFailed:
-        server.require_open([layer])
-        raise
-
-
-def mend_leaks(layer: str) -> None:
-    """Gives back clusters that a writer which was killed had taken and not used."""
-    try:
-        qcow2.refuse_external_data(layer)
-        tools.run(["qemu-img", "check", "-q", "-r", "leaks", server.alone(layer)])
-    except (errors.ToolFailed, errors.Damaged):
-        pass  # room only; `verify` judges what is stored
-

@@ -135,14 +135,15 @@ class Killing:
 
         ended = tracer.run(self.arguments, self.environment, at)
         if not hits:
-            assert ended.code == 0
+            assert ended.code == 0, ended.stderr
             return MISSED
-        assert ended.code == -signal.SIGKILL
+        assert ended.code == -signal.SIGKILL, f"it ended with {ended.code}: {ended.stderr}"
         if self.shape.full:
             drain(self.place)
         # Every backup that is listed is whole, and those that were to be kept are listed.
         self.history.prove(settled=False)
-        assert set(self.shape.kept) <= {m.generation for m in self.history.backups()}
+        listed = {m.generation for m in self.history.backups()}
+        assert set(self.shape.kept) <= listed, f"only {sorted(listed)} are left"
         found = self.history.prune(remove=self._left(), forget=self.shape.forget)
         assert not found.skipped, found.skipped
         self.judge_the_end()
@@ -157,8 +158,10 @@ class Killing:
             drain(self.place)
         self.history.prove()
         kept = self.history.repository.domain(samples.UUID)
-        assert tuple(m.generation for m in self.history.backups()) == self.shape.kept
-        assert tuple(m.generation for m in kept.generations()) == self.shape.left
+        backups = tuple(m.generation for m in self.history.backups())
+        assert backups == self.shape.kept, f"backups are {backups}"
+        left = tuple(m.generation for m in kept.generations())
+        assert left == self.shape.left, f"generations are {left}"
 
 
 @contextlib.contextmanager
