@@ -91,7 +91,10 @@ def kept(tool: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path) -> K
 
 
 @pytest.mark.fault(41)
-def test_what_the_guest_still_holds_makes_every_backup_whole_again(kept: Kept) -> None:
+@pytest.mark.parametrize("running", [True, False])
+def test_what_the_guest_still_holds_makes_every_backup_whole_again(kept: Kept, running: bool) -> None:
+    if not running:
+        kept.guest.destroy()
     kept.hurt(1, 5 * BLOCK)
     kept.hurt(2, 2 * MIB + 100)
     kept.hurt(1, BLOCK, "vdb")
