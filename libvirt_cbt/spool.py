@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Dict, Final, List, Optional, Tuple
 
-from libvirt_cbt import names
+from libvirt_cbt import folders, names
 
 DEFAULT: Final = "/var/lib/libvirt-cbt-spool"
 NEW, VDSM, TAKEN, ASIDE = "new", "vdsm", "taken", "aside"
@@ -69,7 +69,7 @@ def make(directory: str, folder: str, owner: Optional[Tuple[int, int]] = None) -
     if os.path.isdir(base):
         _require_fit(base, owner)
     else:
-        os.makedirs(os.path.dirname(base), mode=0o755, exist_ok=True)
+        folders.make(os.path.dirname(base), 0o755)
         _folder(base, BASE_MODE)
     _folder(directory, BASE_MODE)
     for name in (folder, TAKEN, ASIDE):

@@ -7,7 +7,7 @@ import shutil
 from contextlib import contextmanager
 from typing import Iterator, List, Optional, Sequence, Tuple
 
-from libvirt_cbt import durable, errors, xmldoc
+from libvirt_cbt import durable, errors, folders, xmldoc
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import defining, made, tpm
@@ -118,9 +118,9 @@ class Defining:
             yield
             return
         try:
-            os.makedirs(os.path.dirname(top), mode=0o711, exist_ok=True)
-            os.mkdir(top, 0o711)
-            os.mkdir(os.path.dirname(path), 0o700)
+            folders.make(os.path.dirname(top), 0o711)
+            folders.make(top, 0o711)
+            folders.make(os.path.dirname(path), 0o700)
             durable.write_new(path, self._tpm)
             durable.sync_directory(os.path.dirname(path))
             yield

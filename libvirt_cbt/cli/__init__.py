@@ -156,6 +156,8 @@ def main(argv: Optional[List[str]] = None) -> Any:
     """Runs one command and exits with its code; docs/exit-codes.md is the table."""
     # Imports make hundreds of thousands of objects and no garbage: looked through once instead of 500 times.
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
+    # What we may not read back ourselves is of no use, nor is a socket of a child's that we may not enter.
+    os.umask(os.umask(0o077) & 0o077)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no bug
     code = exit_code(argv)

@@ -6,7 +6,7 @@ import os
 from contextlib import contextmanager
 from typing import Collection, Final, Iterator, List
 
-from libvirt_cbt import durable, errors
+from libvirt_cbt import durable, errors, folders
 
 OURS: Final = "Made by `libvirt-cbt "
 MOST_BYTES: Final = 65536
@@ -37,7 +37,7 @@ def write(path: str, text: str, mode: int) -> None:
     Errors: OutputFailed.
     """
     with writing(path):
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        folders.make(os.path.dirname(path), 0o755)
         new = f"{path}.new"
         try:
             os.unlink(new)

@@ -178,9 +178,9 @@ def loose(folder: str) -> List[str]:
 
 
 @pytest.mark.fault(47, 54)
-@pytest.mark.parametrize("mask", [0o000, 0o077])
+@pytest.mark.parametrize("mask", [0o000, 0o777])
 def test_any_umask_will_do(libvirtd: daemon.Daemon, guest: PlainGuest, tmp_path: Path, mask: int) -> None:
-    """With 0 nothing is for others, with 077 QEMU still gets to its socket, its scratch files and its overlays."""
+    """With 0 nothing is for others, with 0777 QEMU still gets to its socket, its scratch files and its overlays."""
 
     def run(*arguments: str) -> None:
         program = f"import os, sys; os.umask({mask}); from libvirt_cbt import cli; cli.main(sys.argv[1:])"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
 
-from libvirt_cbt import errors, folders
+from libvirt_cbt import errors, folders, spool
+from libvirt_cbt.hooks import placed
 from libvirt_cbt.repository import store
 from tests.unit.test_repository import as_nobody
 
@@ -99,6 +102,25 @@ def test_modes_whatever_the_umask(tmp_path: Path) -> None:
     store.Repository.init(str(tmp_path / "d" / "e" / "repo"))
     modes = {p: stat.S_IMODE((tmp_path / p).stat().st_mode) for p in ("a", "a/b", "a/b/c", "d", "d/e", "d/e/repo")}
     assert modes == {"a": 0o755, "a/b": 0o755, "a/b/c": 0o711, "d": 0o755, "d/e": 0o755, "d/e/repo": 0o700}
+
+
+@pytest.mark.usefixtures("_umask")
+def test_folders_of_hooks_whatever_the_umask(tmp_path: Path) -> None:
+    """What root runs, and what root reads, lies in no folder that others may write to: not above it either."""
+    placed.write(str(tmp_path / "a" / "b" / "hook"), "# x", 0o755)
+    spool.make(str(tmp_path / "c" / "d" / "spool" / "0123456789abcdef"), spool.NEW)
+    modes = {p: stat.S_IMODE((tmp_path / p).stat().st_mode) for p in ("a", "a/b", "a/b/hook", "c", "c/d", "c/d/spool")}
+    assert modes == {"a": 0o755, "a/b": 0o755, "a/b/hook": 0o755, "c": 0o755, "c/d": 0o755, "c/d/spool": 0o711}
+    below = tmp_path / "c" / "d" / "spool" / "0123456789abcdef"
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in below.iterdir()} == dict.fromkeys(("new", "taken", "aside"), 0o700)
+
+
+def test_the_command_leaves_itself_what_it_makes(tmp_path: Path) -> None:
+    """With an umask of 0777 a user who is not root could not read back his own repository, nor reach his own servers."""
+    code = f"import os; os.umask(0o777); from libvirt_cbt import cli; cli.main(['-r', {str(tmp_path / 'r')!r}, 'init'])"
+    code = code.replace("cli.main(", "import atexit; atexit.register(lambda: print(oct(os.umask(0)))); cli.main(")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0o77"
 
 
 def test_never_more_than_the_umask_allows(tmp_path: Path) -> None:
