@@ -66,7 +66,7 @@ def merge(offset: int, length: int, allocation: Sequence[int] | None, dirty: Seq
     if known and all(len(x) == 2 and x[0] >= length for x in known):
         # The usual answer of a large disk with few changes: one piece.
         zero = allocation is not None and bool(allocation[1] & ZERO)
-        return _one(offset, length, zero, not zero if dirty is None else bool(dirty[1] & DIRTY))
+        return piece(offset, length, zero=zero, dirty=not zero if dirty is None else bool(dirty[1] & DIRTY))
     lists = [_column(x, length) for x in known]
     if not lists:
         lists = [(np.array([length], np.uint64), np.array([0], np.uint64))]
@@ -82,7 +82,7 @@ def merge(offset: int, length: int, allocation: Sequence[int] | None, dirty: Seq
     return Status(starts + base, edges + base, empty, marked)
 
 
-def _one(offset: int, length: int, zero: bool, dirty: bool) -> Status:
+def piece(offset: int, length: int, *, zero: bool, dirty: bool) -> Status:
     low, high = np.array([[offset], [offset + length]], np.uint64)
     return Status(low, high, np.array([zero]), np.array([dirty]))
 
@@ -97,6 +97,18 @@ def mark(status: Status, extra: extents.Extents) -> Status:
     start = edges[:-1]
     piece = np.searchsorted(status.start, start, side="right") - 1
     return Status(start, edges[1:], status.zero[piece], status.dirty[piece] | _within(added, start))
+
+
+def united(marks: Status, allocation: Sequence[Status]) -> Status:
+    """What is dirty by `marks`, and zero by `allocation`, which are parts of the same stretch, in order (none: no zero)."""
+    if not allocation:
+        return marks
+    known = join(allocation)
+    edges = np.sort(np.concatenate((marks.end, known.end)), kind="stable")
+    edges = edges[np.append(True, edges[1:] != edges[:-1])]
+    start = np.concatenate((marks.start[:1], edges[:-1]))
+    zero = known.zero[np.searchsorted(known.end, start, side="right")]
+    return Status(start, edges, zero, marks.dirty[np.searchsorted(marks.end, start, side="right")])
 
 
 def delta(status: Status) -> extents.Extents:

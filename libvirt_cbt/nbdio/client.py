@@ -66,6 +66,7 @@ class Connection:
     def __init__(self, endpoint: Endpoint, contexts: Sequence[str], stop: Callable[[], None]) -> None:
         self.endpoint = endpoint
         self.in_flight = 0
+        self.short = False  # nothing but short answers are awaited: all that have come are taken at once
         self._finished: Deque[Tuple[Finished, int]] = deque()
         self._handle: Any = nbd.NBD()
         try:
@@ -90,6 +91,8 @@ class Connection:
             self._read_flags = int(nbd.CMD_FLAG_DF) if self._handle.can_df() else 0
             self.can_zero = bool(self._handle.can_zero())
             self._chunks = bool(self._handle.get_structured_replies_negotiated())
+            extended = getattr(self._handle, "get_extended_headers_negotiated", None)
+            self.extended = bool(extended and extended())  # lengths of 64 bits: libnbd 1.18 and QEMU 8.2
             self.contexts = frozenset(c for c in contexts if self._handle.can_meta_context(c))
         except BaseException as e:
             # Dropped here, not when the error has been handled: its traceback holds this frame, and a socket that is
@@ -177,7 +180,11 @@ class Connection:
         try:
             direction = self._handle.aio_get_direction()
             if events & (select.POLLIN | select.POLLHUP) and direction & nbd.AIO_DIRECTION_READ:
-                self._handle.aio_notify_read()
+                finished = len(self._finished)
+                self._handle.aio_notify_read()  # one answer at most
+                while self.short and finished < len(self._finished) < self.in_flight:
+                    finished = len(self._finished)
+                    self._handle.aio_notify_read()  # where nothing has come it does nothing
             elif events & select.POLLOUT and direction & nbd.AIO_DIRECTION_WRITE:
                 self._handle.aio_notify_write()
             elif events & (select.POLLERR | select.POLLNVAL | select.POLLHUP):

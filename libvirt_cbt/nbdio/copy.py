@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Callable, Deque, Final, List, Optional, Sequence
+from typing import Callable, Deque, Final, List, Optional, Sequence, Union
 
 import numpy as np
 
 from libvirt_cbt import errors, extents
-from libvirt_cbt.nbdio import blockstatus, client, density, lanes, source
+from libvirt_cbt.nbdio import blockstatus, changes, client, density, lanes, source
 from libvirt_cbt.nbdio.blockstatus import Status
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.nbdio.server import Endpoint
@@ -130,8 +130,16 @@ class _Disk(lanes.Lane):
     ) -> None:
         super().__init__(pull.target, options)
         self.pull, self._progress = pull, progress
-        self._source = source.Source(pull.target, pull.source, pull.capacity, pull.bitmap, options, alive)
-        self._survey = source.Survey(self._source, WINDOW, self._learned, self._unreadable)
+        # Only of a full copy all has to be known that is allocated.
+        apart = pull.bitmap is not None and pull.copy != ALL
+        self._source = source.Source(pull.target, pull.source, pull.capacity, pull.bitmap, options, alive, apart=apart)
+        self._survey: Union[changes.Changes, source.Survey]
+        if apart:
+            extra = None if pull.extra_dirty is none else pull.extra_dirty
+            also = None if pull.also is none or pull.copy == NOTHING else pull.also
+            self._survey = changes.Changes(self._source, self._prepare, self._unreadable, extra=extra, also=also)
+        else:
+            self._survey = source.Survey(self._source, WINDOW, self._learned, self._unreadable)
         self._sinks: List[client.Connection] = []
         self._tail = extents.empty()  # the delta's last extent, which may go on in the next window
         self._windows: Deque[_Window] = deque()
@@ -153,7 +161,7 @@ class _Disk(lanes.Lane):
 
     @property
     def _read_all(self) -> bool:
-        return self._survey.position == self.pull.capacity and not self._windows and not self.busy
+        return self._survey.done and not self._windows and not self.busy
 
     @property
     def done(self) -> bool:
@@ -201,32 +209,28 @@ class _Disk(lanes.Lane):
             self._survey.ask()
 
     def _learned(self) -> None:
+        assert isinstance(self._survey, source.Survey)
         ready = self._survey.take(self._survey.whole)
         if len(ready.end):
-            self._prepare(ready)
+            low, high = int(ready.start[0]), int(ready.end[-1])
+            ready = blockstatus.mark(ready, self.pull.extra_dirty(low, high))
+            self._prepare(ready, self.pull.also(low, high) if self.pull.copy == DIRTY else extents.empty())
 
-    def _prepare(self, status: Status) -> None:
-        low, high = int(status.start[0]), int(status.end[-1])
-        status = blockstatus.mark(status, self.pull.extra_dirty(low, high))
+    def _prepare(self, status: Status, also: extents.Extents) -> None:
         dirty = blockstatus.delta(status)
         if len(dirty):
             self._dirty += extents.total(dirty)
             joined = extents.coalesce(np.concatenate([self._tail, dirty]))
             self.pull.delta(joined[:-1])
             self._tail = joined[-1:]
-        runs = self._to_copy(status, dirty, low, high)
+        runs = self._to_copy(status, also)
         if len(runs):
             self._windows.append(_Window(runs))
 
-    def _to_copy(self, status: Status, dirty: extents.Extents, low: int, high: int) -> extents.Extents:
+    def _to_copy(self, status: Status, also: extents.Extents) -> extents.Extents:
         if self.pull.copy == NOTHING:
             return extents.empty()
-        touched = None
-        if self.pull.copy == DIRTY:
-            also = self.pull.also(low, high)
-            if not len(dirty) and not len(also):
-                return extents.empty()
-            touched = blockstatus.covered(status, also)
+        touched = blockstatus.covered(status, also) if self.pull.copy == DIRTY else None
         found = blockstatus.to_copy(status, touched, self.pull.capacity)
         return extents.split(found, self.options.request_size)
 

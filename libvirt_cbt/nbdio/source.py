@@ -20,9 +20,11 @@ from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.nbdio.server import Endpoint
 
 WINDOW: Final = (1 << 32) - extents.GRAIN  # the longest length of a request without extended headers, in grains
+LONG_WINDOW: Final = 1 << 40  # with them (QEMU 8.2, libnbd 1.18); an answer has 131072 extents at most all the same
 FIRST_PAUSE: Final = 0.05  # seconds before the first reconnect; four times as long before each next one
 LONGEST_PAUSE: Final = 2.0
 
+Told = Callable[[int, Dict[str, List[int]]], None]
 Send = Callable[[client.Connection, Callable[..., None]], None]
 
 
@@ -30,6 +32,8 @@ class Source:
     """All connections to one export of `capacity` bytes (None: whatever it has), and what is in flight on them.
 
     `alive` says that the job behind the socket is still the same: only then is a new connection the same moment.
+    With `apart` the bitmap has a connection of its own for `marks`, and `block_status` does not tell of it: a server
+    answers for all contexts of a connection or for none (block_status_filter: QEMU 8.2, libnbd 1.20).
     """
 
     def __init__(
@@ -40,15 +44,24 @@ class Source:
         bitmap: Optional[str],
         options: Options,
         alive: Callable[[], bool],
+        *,
+        apart: bool = False,
     ) -> None:
         self.target, self.endpoint, self.bitmap = target, endpoint, bitmap
-        self.connections: List[client.Connection] = []
+        self._apart = apart
+        self._readers: List[client.Connection] = []
+        self._markers: List[client.Connection] = []
         self.reconnects = 0
         self.size = capacity
+        self.window = WINDOW  # bytes that block status may be asked for at once
         self.contexts: FrozenSet[str] = frozenset()
         self._options, self._alive = options, alive
         self._numbers = count()
         self._unanswered: Dict[int, Callable[[], None]] = {}  # how to ask again, in the order asked
+
+    @property
+    def connections(self) -> List[client.Connection]:
+        return [*self._readers, *self._markers]
 
     def open(self, stop: Callable[[], None]) -> None:
         """Errors: NbdError, also when there is no such bitmap; what `stop` raises."""
@@ -58,27 +71,44 @@ class Source:
             raise e.error(self.endpoint) from None
 
     def _connect(self, stop: Callable[[], None]) -> None:
-        wanted = [blockstatus.ALLOCATION] + ([self.bitmap] if self.bitmap else [])
-        self.connections = client.attempt(self.endpoint, self._options.connections, wanted, self.size, stop)
-        offered = frozenset.intersection(*(c.contexts for c in self.connections))
+        marks = [self.bitmap] if self.bitmap else []
+        wanted = [blockstatus.ALLOCATION, *([] if self._apart else marks)]
+        self._readers = client.attempt(self.endpoint, self._options.connections, wanted, self.size, stop)
+        offered = frozenset.intersection(*(c.contexts for c in self._readers))
+        if self._apart:
+            self._markers = client.attempt(self.endpoint, 1, marks, self._readers[0].size, stop)
+            self._markers[0].short = True
+            offered |= self._markers[0].contexts
         # The server leaves an unknown context out in silence; an increment without it would be empty.
         missing = sorted((self.contexts or frozenset([self.bitmap] if self.bitmap else [])) - offered)
         if missing:
             raise errors.NbdError(export=self.endpoint.export, reason=f"it does not offer '{missing[0]}'")
-        self.contexts, self.size = offered, self.connections[0].size
+        self.contexts, self.size = offered, self._readers[0].size
+        self.window = LONG_WINDOW if all(c.extended for c in self.connections) else WINDOW
 
     def read(self, buffer: Any, offset: int, done: Callable[[int], None]) -> None:
         """`done` gets an errno or 0, never one that means that the server went."""
         self._ask(lambda connection, answered: connection.read(buffer, offset, answered), done)
 
-    def block_status(self, length: int, offset: int, done: Callable[[int, Dict[str, List[int]]], None]) -> None:
+    def block_status(self, length: int, offset: int, done: Told) -> None:
         self._ask(lambda connection, answered: connection.block_status(length, offset, answered), done)
 
-    def _ask(self, send: Send, done: Callable[..., None]) -> None:
+    def marks(self, length: int, offset: int, done: Told) -> None:
+        """Block status of the bitmap alone."""
+        self._ask(lambda connection, answered: connection.block_status(length, offset, answered), done, marks=True)
+
+    def progress(self, status: Status, position: int) -> Status:
+        """The same.  Errors: NbdError when there is nothing in it."""
+        if not len(status.end):
+            reason = f"block status makes no progress at offset {position}"
+            raise errors.NbdError(export=self.endpoint.export, reason=reason)
+        return status
+
+    def _ask(self, send: Send, done: Callable[..., None], *, marks: bool = False) -> None:
         number = next(self._numbers)
 
         def again() -> None:
-            connection = lanes.least_busy(self.connections)
+            connection = lanes.least_busy(self._markers if marks else self._readers)
 
             def answered(error: int, *found: Any) -> None:
                 if error in lanes.GONE:
@@ -103,7 +133,7 @@ class Source:
         while True:
             for connection in self.connections:
                 connection.drop()
-            self.connections = []
+            self._readers, self._markers = [], []
             if self.reconnects >= self._options.reconnects:
                 raise errors.SourceLost(target=self.target, reason=reason)
             self._pause(stop)
@@ -152,6 +182,10 @@ class Survey:
         ended = self.position == self._source.size
         return self.position if ended else self.position // extents.GRAIN * extents.GRAIN
 
+    @property
+    def done(self) -> bool:
+        return self.position == self._source.size
+
     def ask(self) -> None:
         """Asks for the next window, unless that is under way."""
         if self.asking or self.position == self._source.size:
@@ -173,11 +207,7 @@ class Survey:
             contexts, bitmap = self._source.contexts, self._source.bitmap
             allocation = found.get(blockstatus.ALLOCATION, []) if blockstatus.ALLOCATION in contexts else None
             dirty = found.get(bitmap, []) if bitmap else None
-        status = blockstatus.merge(self.position, length, allocation, dirty)
-        if not len(status.end):
-            raise errors.NbdError(
-                export=self._source.endpoint.export, reason=f"block status makes no progress at offset {self.position}"
-            )
+        status = self._source.progress(blockstatus.merge(self.position, length, allocation, dirty), self.position)
         self.position = int(status.end[-1])
         self._kept = status if self._kept is None else blockstatus.join([self._kept, status])
         self._learned()

@@ -80,6 +80,9 @@ class Deltas:
     def __init__(self, readers: List[npy.Reader]) -> None:
         self._readers = readers
 
+    def __bool__(self) -> bool:
+        return bool(self._readers)
+
     def union(self, low: int, high: int) -> extents.Extents:
         """Ordered disjoint extents inside [low, high); the newest delta that touches a block gives its state."""
         return extents.unite([r.window(low, high) for r in self._readers], low, high)

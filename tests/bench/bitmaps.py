@@ -55,7 +55,7 @@ def served(world: World, count: int) -> Iterator[str]:
     image, socket = world.new(f"many-{count}.qcow2"), world.new(f"many-{count}.sock")
     bitmapfile.write(image, "many", 2 * BLOCK * count, lambda: pages(count))
     try:
-        with server(socket, "qemu-nbd", "-r", "-t", "-B", "many", "-f", "qcow2", "-k", socket, image):
+        with server(socket, "qemu-nbd", "-r", "-t", "-e", "2", "-B", "many", "-f", "qcow2", "-k", socket, image):
             yield socket
     finally:
         os.unlink(image)

@@ -51,7 +51,7 @@ def test_a_sparse_disk_of_a_tebibyte(folder: str) -> None:
         run("qemu-img", "bitmap", "--add", "-f", "qcow2", "-g", "65536", disk, "b")
         writes = [x for n in range(8) for x in ("-c", f"write -P 1 {n * (size // 8)} 128k")]
         run("qemu-io", "-f", "qcow2", *writes, "-c", f"write -z {size - 200 * 65536} 6400k", disk)
-        with served(["qemu-nbd", "-r", "-t", "-B", "b", "-f", "qcow2", "-k", path, disk], path):
+        with served(["qemu-nbd", "-r", "-t", "-e", "2", "-B", "b", "-f", "qcow2", "-k", path, disk], path):
             count, total, peak = measure(path, "", size, "b")
         assert (count, total) == (8 + 1, 8 * 131072 + 100 * 65536)
         peaks.append(peak)

@@ -48,6 +48,7 @@ class Bench:
         self,
         budgets: Sequence[Optional[int]],
         *,
+        markers: Sequence[Optional[int]] = (),
         then: str = "cut",
         alive: Callable[[], bool] = copy.always,
         stop: Callable[[], None] = nothing,
@@ -55,12 +56,18 @@ class Bench:
         what: str = copy.DIRTY,
         **options: Any,
     ) -> Copied:
+        """Each time `connections` that read are made, which have the next `budgets`, and then one for the bitmap."""
         raw = Path(self.folder, "sink.raw")
         with open(raw, "r+b") as file:  # never cut short: its server is running
             file.write(bytes([UNTOUCHED]) * os.path.getsize(raw))
         delta: List[extents.Extents] = [extents.empty()]
         contents: List[extents.Extents] = [np.empty(0, extents.CONTENT)]
-        with Proxy(f"{self.folder}/wire.sock", self.point.socket, budgets=budgets, then=then) as self.wire:
+        each, left = options.get("connections", 1), [*markers]
+        rows: List[Optional[int]] = []
+        for at in range(0, max(len(budgets), len(markers) * each), each):
+            readers = [*budgets[at : at + each], *[None] * each][:each]
+            rows += [*readers, left.pop(0) if left else None]
+        with Proxy(f"{self.folder}/wire.sock", self.point.socket, budgets=rows, then=then) as self.wire:
             one = copy.Pull(
                 target="vda",
                 source=server.Endpoint(self.wire.path, self.point.export),
@@ -100,18 +107,17 @@ def bench(folder: str, rng: random.Random) -> Iterator[Bench]:
         yield Bench(folder, disk, point, server.Endpoint(f"{folder}/sink.sock", "layer"))
 
 
-def handshake(bench: Bench) -> int:
+def handshake(bench: Bench, context: str = "base:allocation") -> int:
     """Bytes that the server sends before the first request is answered."""
-    contexts = ("base:allocation", f"qemu:dirty-bitmap:{bench.disk.bitmap}")
     with Proxy(f"{bench.folder}/probe.sock", bench.point.socket) as wire:
-        client.close(client.connect(server.Endpoint(wire.path, "disk"), 1, contexts, SIZE, nothing))
+        client.close(client.connect(server.Endpoint(wire.path, "disk"), 1, (context,), SIZE, nothing))
     return wire.handed[0]  # it counts what it has handed on, so a moment later than the client has it
 
 
 def test_an_unbroken_wire(bench: Bench) -> None:
     """What the others are compared with is itself right."""
     whole = bench.pull([])
-    assert len(bench.wire.handed) == 1
+    assert len(bench.wire.handed) == 2
     assert whole.pulled.reconnects == 0
     assert 1.7 * MIB < whole.pulled.data_bytes < SIZE
     assert whole.pulled.zero_bytes
@@ -126,6 +132,16 @@ def test_a_cut_anywhere(bench: Bench, rng: random.Random) -> None:
     places = [*range(first, first + 24), first + 1000, *(rng.randrange(first, last) for _ in range(60)), last - 1]
     for budget in places:
         bench.same(bench.pull([budget]), whole, 1)
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("what", [copy.DIRTY, copy.NOTHING])
+def test_a_cut_of_the_bitmaps_connection(bench: Bench, rng: random.Random, what: str) -> None:
+    whole = bench.pull([], what=what)
+    first, last = handshake(bench, f"qemu:dirty-bitmap:{bench.disk.bitmap}"), bench.wire.handed[1]
+    for budget in sorted({first, first + 1, last - 1, *(rng.randrange(first, last) for _ in range(20))}):
+        bench.same(bench.pull([], markers=[budget], what=what), whole, 1)
+    bench.same(bench.pull([None, MIB], markers=[first, rng.randrange(first)], what=what), whole, 2)
 
 
 def test_a_cut_in_the_second_handshake(bench: Bench, rng: random.Random) -> None:
@@ -148,7 +164,7 @@ def test_cuts_again_and_again(bench: Bench, rng: random.Random) -> None:
         with pytest.raises(errors.SourceLost) as caught:
             bench.pull(four)
         assert caught.value.facts["target"] == "vda"
-        assert len(bench.wire.handed) == 4
+        assert len(bench.wire.handed) == 8
 
 
 def test_a_mark_is_resumed(bench: Bench, rng: random.Random) -> None:
@@ -161,15 +177,15 @@ def test_a_mark_is_resumed(bench: Bench, rng: random.Random) -> None:
 def test_several_connections_of_a_disk(bench: Bench, rng: random.Random) -> None:
     """One of them is cut: all are made again, and that counts once."""
     whole = bench.pull([], connections=3)
-    least, length = min(bench.wire.handed), handshake(bench)
+    least, length = min(bench.wire.handed[:3]), handshake(bench)
     cuts = 0
     for _ in range(200):
         budgets: List[Optional[int]] = [None, None, None]
         budgets[rng.randrange(3)] = rng.randrange(length, least // 2)
         found = bench.pull(budgets, connections=3)
-        cut = len(bench.wire.handed) > 3  # how much each of them carries is never the same twice
+        cut = len(bench.wire.handed) > 4  # how much each of them carries is never the same twice
         bench.same(found, whole, int(cut))
-        assert not cut or len(bench.wire.handed) == 6
+        assert not cut or len(bench.wire.handed) == 8
         cuts += cut
         if cuts == 20:
             return
@@ -179,18 +195,18 @@ def test_several_connections_of_a_disk(bench: Bench, rng: random.Random) -> None
 def test_without_reconnects_a_cut_is_the_end(bench: Bench) -> None:
     with pytest.raises(errors.SourceLost):
         bench.pull([MIB], reconnects=0)
-    assert len(bench.wire.handed) == 1
+    assert len(bench.wire.handed) == 2
 
 
 def test_another_job_is_another_moment(bench: Bench) -> None:
     """Asked before connecting, and again when connected: the socket might have changed hands in between."""
     with pytest.raises(errors.SourceLost):
         bench.pull([MIB], alive=lambda: False)
-    assert len(bench.wire.handed) == 1
+    assert len(bench.wire.handed) == 2
     answers = [True, False]
     with pytest.raises(errors.SourceLost):
         bench.pull([MIB], alive=lambda: answers.pop(0))
-    assert len(bench.wire.handed) == 2
+    assert len(bench.wire.handed) == 4
 
 
 def test_a_server_that_went_is_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +238,7 @@ def test_an_export_that_is_another_is_refused(bench: Bench, other: str) -> None:
     if other == "size":
         disk.next_bitmap()
     path = f"{bench.folder}/other.sock"
-    argv = ["qemu-nbd", "-r", "-t", "-x", "none" if other == "export" else "disk", "-f", "qcow2", "-k", path]
+    argv = ["qemu-nbd", "-r", "-t", "-e", "8", "-x", "none" if other == "export" else "disk", "-f", "qcow2", "-k", path]
     if disk.bitmap:
         argv += ["-B", disk.bitmap]
     with served([*argv, disk.path], path):
@@ -254,7 +270,7 @@ def test_the_lost_handle_is_freed_before_the_next_one_is_made(bench: Bench) -> N
         bench.pull([MIB, MIB // 2], alive=count)
     finally:
         gc.enable()
-    assert left == [1, 2, 1, 2]  # the sink's; and the new connection's
+    assert left == [1, 3, 1, 3]  # the sink's; and those of the new connections
 
 
 def test_stop_ends_the_pause(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +303,7 @@ def test_a_new_connection_that_hangs(bench: Bench, monkeypatch: pytest.MonkeyPat
 def test_a_stall_is_no_cut(bench: Bench) -> None:
     with pytest.raises(errors.SourceStalled):
         bench.pull([MIB], then=STALL, stall_seconds=1.5)
-    assert len(bench.wire.handed) == 1
+    assert len(bench.wire.handed) == 2
     whole = bench.pull([])
 
     def go_on(*_: Any) -> None:
