@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, Final, Iterator, Optional
 
 from libvirt_cbt import errors
@@ -95,14 +95,33 @@ def write_new(path: str, data: bytes) -> None:
         os.close(fd)
 
 
+def begin_new(path: str, data: bytes) -> int:
+    """A new file whose content the kernel begins to write out; the descriptor is for the caller to sync and close.
+
+    Of several such files the first sync finds most of all their work done: one commit of the journal, not one each.
+    """
+    fd = create(path)
+    try:
+        write_all(fd, data)
+        with suppress(OSError):  # advice
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def write_all(fd: int, data: bytes | memoryview) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left) :]
 
 
-def replace(path: str, data: bytes) -> None:
-    """The file holds either the old or the new content at every moment, the new one durably on return."""
+def replace(path: str, data: bytes, *, durably: bool = True) -> None:
+    """The file holds either the old or the new content at every moment, the new one durably on return.
+
+    Not `durably`: a power cut may bring the old content back.
+    """
     part = f"{path}.new"
     try:
         os.unlink(part)  # left by a crash before the rename
@@ -115,7 +134,8 @@ def replace(path: str, data: bytes) -> None:
             os.unlink(part)  # on a full disk it must not keep what little it got
         raise
     os.rename(part, path)
-    sync_directory(os.path.dirname(path))
+    if durably:
+        sync_directory(os.path.dirname(path))
 
 
 def sync_file(path: str) -> None:

@@ -68,10 +68,10 @@ def pulled(
                     copy=disk.copy,
                     expected=disk.estimate,
                     sink=sink,
-                    also=with_also(earlier.union, again.get(disk.target)),
+                    also=with_also(earlier.union if earlier else copy.none, again.get(disk.target)),
                     delta=deltas[disk.target].append,
                     contents=contents[disk.target].append if sink else _nowhere,
-                    extra_dirty=partial(extents.clip, missed.get(disk.target, extents.empty())),
+                    extra_dirty=partial(extents.clip, missed[disk.target]) if disk.target in missed else copy.none,
                 )
             )
         with fleece.reading():
@@ -100,8 +100,12 @@ def _sink(fleece: Fleece, disk: DiskPlan, run_dir: str, *, compress: bool) -> It
     path = fleece.stage.layer(disk.target)
     backing = store.layer_backing(disk.parent, disk.target)
     qcow2.create_layer(path, disk.disk.capacity, backing=backing, compress=compress)
-    with server.sink(path, run_dir, compress=compress) as endpoints, writeback.behind(path) as behind:
-        yield copy.Sink(endpoints, path, disk.parent is not None, behind)
+    with server.sink(path, run_dir, compress=compress) as endpoints:
+        behind = writeback.WriteBack(fleece.stage.opened(disk.target))
+        try:
+            yield copy.Sink(endpoints, path, disk.parent is not None, behind)
+        finally:
+            behind.close()
 
 
 def _finished(

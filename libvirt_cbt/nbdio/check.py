@@ -63,7 +63,7 @@ def check(
     """
     with ExitStack() as stack:
         lane = _Check(target, sources, reads, output, options, damaged, progress)
-        stack.callback(lanes.close, [lane])
+        stack.callback(lane.close)
         lane.open(stop)
         lanes.run([lane], stop)
         return lane.bytes
@@ -95,6 +95,11 @@ class _Check(lanes.Lane):
             self._sources += client.connect(endpoint, 1, (), None, stop)
         if self._output and self._output.endpoint:
             [self._sink] = client.connect(self._output.endpoint, 1, (), None, stop)
+
+    def close(self) -> None:
+        lanes.close([self])
+        if self._behind:
+            self._behind.close()
 
     @property
     def connections(self) -> List[client.Connection]:

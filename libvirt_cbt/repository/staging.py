@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import Any, ContextManager, Dict, Iterator, Optional
+from typing import Any, ContextManager, Dict, Iterator, List, Optional
 
 import numpy as np
 
@@ -23,11 +23,21 @@ class Staging:
         self.published = False
         self.keep = False  # what the run left outside could not be removed: the intent stays for `recover`
         self._writers: Dict[str, npy.Writer] = {}
+        self._layers: Dict[str, int] = {}
+        self._begun: List[int] = []
 
     def advance(
-        self, phase: Phase, guard: Optional[processes.Process] = None, *, thaw_owed: Optional[bool] = None
+        self,
+        phase: Phase,
+        guard: Optional[processes.Process] = None,
+        *,
+        thaw_owed: Optional[bool] = None,
+        durably: bool = True,
     ) -> None:
-        """Says durably what comes next, before it is done, and which process guards it; None leaves it as it was."""
+        """Says durably what comes next, before it is done, and which process guards it; None leaves it as it was.
+
+        Not `durably`, where the phase before it owes no less: a power cut may leave that.
+        """
         changes: Dict[str, Any] = {"phase": phase}
         if guard:
             changes["guard"] = Guard(pid=guard.pid, started=guard.started)
@@ -35,10 +45,22 @@ class Staging:
             changes["thaw_owed"] = thaw_owed
         self.intent = self.intent.model_copy(update=changes)
         with self._explained():
-            durable.replace(os.path.join(self.path, "intent.json"), self.intent.dump())
+            path = os.path.join(self.path, "intent.json")
+            durable.replace(path, self.intent.dump(), durably=durably)
 
     def layer(self, target: str) -> str:
         return os.path.join(self.path, f"{target}.qcow2")
+
+    def opened(self, target: str) -> int:
+        """A descriptor of a layer that is there and that others will write; it is open until it was synced.
+
+        What the disk did not take is surely told to those who had the file open when it was written: fsync(2).
+        """
+        path = self.layer(target)
+        with self._explained():
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._layers[os.path.basename(path)] = fd
+        return fd
 
     def deltas(self, target: str) -> npy.Writer:
         return self._writer(f"{target}.delta.npy", extents.EXTENT)
@@ -53,10 +75,10 @@ class Staging:
         return writer
 
     def add(self, name: str, data: bytes) -> str:
-        """A further file of the generation; gives its digest."""
+        """A further file of the generation, synced with the rest; gives its digest."""
         path = os.path.join(self.path, name)
         with self._explained():
-            durable.write_new(path, data)
+            self._begun.append(durable.begin_new(path, data))
         return npy.file_digest(path)
 
     def publish(self, manifest: Manifest, layers: Layers) -> None:
@@ -70,9 +92,14 @@ class Staging:
             for entry in layers.disks.values():
                 path = os.path.join(self.path, entry.file)
                 os.chmod(path, durable.FILE_MODE)
-                durable.sync_file(path)
-            durable.write_new(os.path.join(self.path, "layers.json"), layers.dump())
-            durable.write_new(os.path.join(self.path, "manifest.json"), manifest.dump())
+                if entry.file in self._layers:
+                    os.fsync(self._layers[entry.file])
+                else:
+                    durable.sync_file(path)
+            for name, document in (("layers.json", layers), ("manifest.json", manifest)):
+                self._begun.append(durable.begin_new(os.path.join(self.path, name), document.dump()))
+            for fd in self._begun:
+                os.fsync(fd)
             durable.sync_directory(self.path)
 
     def commit(self) -> None:
@@ -80,10 +107,9 @@ class Staging:
         place = self._kept.directory(self.intent.id)
         with self._explained():
             # The intent is published with the rest and removed then: without it a crash just before the rename
-            # would leave a checkpoint that nothing proves to be ours.
+            # would leave a checkpoint that nothing proves to be ours.  A power cut may bring it back: it means nothing.
             durable.publish(self.path, place, done=self._seen)
             os.unlink(os.path.join(place, "intent.json"))
-            durable.sync_directory(place)
 
     def _seen(self) -> None:
         self.published = True
@@ -92,6 +118,10 @@ class Staging:
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
+        for fd in (*self._layers.values(), *self._begun):
+            os.close(fd)
+        self._layers.clear()
+        self._begun.clear()
 
     def _explained(self) -> ContextManager[None]:
         return durable.explained(self._kept.repository.path, self.path)
