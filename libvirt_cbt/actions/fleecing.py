@@ -68,7 +68,11 @@ class Plan:
 
 def running(host: connection.Host, uuid: names.DomainUuid) -> domain.Domain:
     """The domain as it runs.  Errors: NotRunning."""
-    dom = domain.read(host, uuid)
+    return require_running(domain.read(host, uuid))
+
+
+def require_running(dom: domain.Domain) -> domain.Domain:
+    """The same.  Errors: NotRunning."""
     if not dom.running:
         raise errors.NotRunning(domain=names.printable(dom.name), state=dom.state_name)
     return dom
@@ -214,7 +218,7 @@ class Job(Fleece):
             self.frozen_at = now()
             self._begun = time.monotonic()
             self._guard.begun()
-            self.stage.advance("running", thaw_owed=not self.quiesced.thawed)
+            self.stage.advance("running", thaw_owed=not self.quiesced.thawed, durably=False)
 
     def _begin_job(self) -> None:
         try:
@@ -296,6 +300,7 @@ class Job(Fleece):
         if not job.end(plan.host, plan.dom.uuid, plan.places.socket):
             gone = errors.SourceLost(target=plan.disks[0].target, reason="the backup job ended before the copy did")
             raise self.lost(gone)
+        self._guard.dismiss()
         plan.host.site.leave(plan.places)
         plan.host.site.remove(plan.places)  # before publication: the intent that names these files goes with it
 

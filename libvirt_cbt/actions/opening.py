@@ -29,7 +29,7 @@ def planned(session: Session, kept: store.DomainStore, request: Request) -> Plan
     request = request.of(dom)
     if bitmaps.off(dom):
         return offline.planned(session, kept, dom, request)
-    return fleecing.planned(session, kept, fleecing.running(session.host, kept.uuid), request)
+    return fleecing.planned(session, kept, fleecing.require_running(dom), request)
 
 
 def opened(session: Session, kept: store.DomainStore, plan: Plan, hooks: phases.Phases) -> ContextManager[Fleece]:

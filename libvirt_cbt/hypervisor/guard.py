@@ -44,7 +44,7 @@ class Guard:
         self._said: Dict[str, bool] = {}
         self._full: Optional[int] = None  # bytes that were free when the guardian ended the job
         self._fired = False
-        self._ready = self._stays = False
+        self._ready = self._stays = self._dismissed = False
         self._directory = ""
         self._reserve = 0
         if host.embedded:
@@ -142,11 +142,22 @@ class Guard:
         if self._full is not None:
             raise errors.ScratchExhausted(directory=os.path.dirname(self._directory), free=self._full)
 
+    def dismiss(self) -> None:
+        """The job has ended, and the guest was thawed or it was told of that: it goes while we do the rest."""
+        if self._process is None or self._stays:
+            return
+        self._read(0)
+        if self._ready:
+            self._say(do="release")
+        else:
+            self._process.kill()  # it is still importing or connecting, and has read nothing of what it was told
+        self._dismissed = True
+
     def release(self) -> None:
         """Ends it in order; where it is to stay, or still nurses a guest that does not answer, it goes on alone."""
         if self._process is None:
             return
-        if not self._stays:
+        if not self._stays and not self._dismissed:
             self._say(do="release")
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
