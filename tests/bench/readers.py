@@ -19,9 +19,9 @@ VERIFY = 1.3
 
 
 def chain(world: World) -> Tuple[Guest, str]:
-    """A repository with a full backup and 29 increments of scattered writes, made once."""
-    size, writes = (128 * MIB, 16) if world.quick else (GIB, 128)
-    guest = world.guest("chain", {"vda": (size, size // 2)})
+    """A repository with a full backup of the size of row `full` and 29 increments of scattered writes, made once."""
+    size, writes = (128 * MIB, 16) if world.quick else (2 * GIB, 128)
+    guest = world.guest("chain", {"vda": (size, size * 3 // 4)})
     path = os.path.join(world.folder, "chain")
     if not os.path.exists(path):
         world.init("chain")
