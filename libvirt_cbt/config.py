@@ -107,7 +107,7 @@ class Rules(Model):
     audit_every: Optional[Seconds] = Field(
         None, description="Compare whole disks with the backups when that was last done longer ago (16 if they differ)."
     )
-    heal: bool = Field(False, description="Store what an audit finds different.")
+    heal: bool = Field(False, description="With an audit: store what it finds different, and again what is damaged.")
     strict: bool = Field(False, description="Warnings make the exit code 3.")
     keep_last: Optional[Count] = Field(None, description="Keep the newest N backups.")
     keep_hourly: Optional[Count] = Field(None, description="Keep the newest of each of N hours that have one.")
