@@ -6,11 +6,12 @@ import contextlib
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Final, Iterator, List, Optional, Set, Tuple
 
 from tests.soak import judge, tool_rules
-from tests.soak.model import Chronicle, Made, require
+from tests.soak.model import Chronicle, Made, layered, require
 from tests.soak.rules import rule
 from tests.soak.world import World
 
@@ -131,10 +132,18 @@ def _ran(world: World, chronicle: Chronicle, words: List[str], sound: Set[str], 
 
 
 def _unharmed(world: World, chronicle: Chronicle, sound: Set[str]) -> None:
-    """A prune has not spread the damage: what was sound and is still there is sound."""
+    """A prune has not spread the damage: what was sound and is still there is sound.
+
+    Of a backup that it was to take away it may have taken one disk, and not another that needs what is damaged.
+    """
     listed = world.command(chronicle, "list")
-    left = {row["id"] for row in listed.result["generations"] if row["kind"] != "mark"}
+    left = {row["id"]: layered(row) for row in listed.result["generations"]}
+    newest = _backups(chronicle)[-1]
+    require(left.get(newest.id) == newest.layered, "a prune has taken of the newest backup", listed)
     for made in _backups(chronicle):
-        if made.id in left:
-            restored = judge.restored(world, chronicle, made, refused=made.id not in sound)
+        disks = left.get(made.id, set())
+        require(disks <= made.layered, "a prune has added to a backup", made.number)
+        if disks:
+            shown = replace(made, layered=disks)
+            restored = judge.restored(world, chronicle, shown, refused=made.id not in sound)
             require(restored or made.id not in sound, "a prune has spread damage", made.number)
