@@ -18,7 +18,10 @@ T = TypeVar("T")
 RECONNECT_SECONDS: Final = 30.0
 GREET_SECONDS: Final = 30.0
 PAUSE: Final = 0.5
-FORWARD: Final = "its sshd_config needs AllowStreamLocalForwarding, and the user access to QEMU's sockets (docs/remote.md)"
+FORWARD: Final = (
+    "its sshd_config needs AllowStreamLocalForwarding and AllowTcpForwarding, and the user access to QEMU's sockets "
+    "(docs/remote.md)"
+)
 MAKE_SECONDS: Final = 300.0
 
 

@@ -8,6 +8,7 @@ decoys, other files of the same names.  Whoever mistakes near for far reads thos
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,8 +19,9 @@ from typing import Dict, Final, List, Optional
 
 from tests.guests import daemon
 
-ADDRESS: Final = "127.0.0.1"
-WIRE: Final = "127.0.0.2"  # where a test puts a wire that it can cut ...
+_OWN: Final = ".".join(str(random.SystemRandom().randint(1, 254)) for _ in range(2))
+ADDRESS: Final = f"127.1.{_OWN}"  # of this test run's hosts alone, so that no other one takes a port meanwhile
+WIRE: Final = f"127.2.{_OWN}"  # where a test puts a wire that it can cut ...
 BEHIND: Final = "far.example"  # ... and the near side's name for what is behind it
 START_SECONDS: Final = 30.0
 # Mounts inside a namespace of its own, source and target, until --.
@@ -120,7 +122,7 @@ class Far(Sides):
         self.ssh = self._new("home/.ssh")
         self.name = "far"
         self.uri = "qemu+ssh://far/system"
-        self.port = free_port()
+        self.port = free_ports()
         self.key("host")
         self.key("home/.ssh/id_ed25519")
         self.options: List[str] = []  # of the server, further ones
@@ -243,15 +245,18 @@ def _children(pid: int) -> List[int]:
     return found
 
 
-def free_port() -> int:
+def free_ports(count: int = 1) -> int:
+    """The first of so many in a row, below those that the kernel hands out by itself."""
+    while True:
+        low = random.SystemRandom().randint(10000, 30000)
+        if all(_free(ADDRESS, low + n) and _free(WIRE, low + n) for n in range(count)):
+            return low
+
+
+def _free(address: str, port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
-        return int(probe.getsockname()[1])
-
-
-def listens(port: int) -> bool:
-    try:
-        socket.create_connection((ADDRESS, port), timeout=5).close()
-    except OSError:
-        return False
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
     return True

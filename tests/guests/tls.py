@@ -12,7 +12,7 @@ from typing import Any, Dict, Final, List, Optional
 
 from tests.guests import daemon, far, proxy
 
-NAME: Final = "localhost"  # whoever has its certificate is `localhost`, and 127.0.0.1
+NAME: Final = "localhost"  # on the near side the host has this name
 SERVER: Final = f"subjectAltName=DNS:{NAME},IP:{far.ADDRESS},DNS:{far.BEHIND}\nextendedKeyUsage=serverAuth\nkeyUsage=digitalSignature,keyEncipherment\n"
 OTHER: Final = "subjectAltName=DNS:elsewhere.example\nextendedKeyUsage=serverAuth\nkeyUsage=digitalSignature,keyEncipherment\n"
 CLIENT: Final = "extendedKeyUsage=clientAuth\nkeyUsage=digitalSignature,keyEncipherment\n"
@@ -63,7 +63,8 @@ class TlsDaemon(daemon.Daemon):
     """A private libvirtd with --listen; `pki` has its certificates, `verify` says whether its QEMU asks for one."""
 
     def __init__(self) -> None:
-        self.tls_port, self.tcp_port = far.free_port(), far.free_port()
+        self.tls_port = far.free_ports(2)
+        self.tcp_port = self.tls_port + 1
         super().__init__()
         self._argv.append("--listen")
 
@@ -93,18 +94,18 @@ class TlsDaemon(daemon.Daemon):
         """The certificate with which backups are exported, from the next one on."""
         (authority or self.authority).folder_of(os.path.join(self.pki, "qemu"), pair, QEMU, group=self.qemu_ids[1])
 
-    def configure(self, *, verify: bool = True) -> None:
+    def configure(self, *, verify: bool = True, text: Optional[str] = None) -> None:
         """qemu.conf, from the next start on."""
+        ours = f'backup_tls_x509_cert_dir = "{self.pki}/qemu"\nbackup_tls_x509_verify = {int(verify)}\n'
         with open(self._qemu_conf, "w", encoding="utf-8") as conf:
-            conf.write(f'{self._qemu_lines}backup_tls_x509_cert_dir = "{self.pki}/qemu"\n')
-            conf.write(f"backup_tls_x509_verify = {int(verify)}\n")
+            conf.write(self._qemu_lines + (text or ours))
 
-    def listen(self, pair: Dict[str, str]) -> None:
+    def listen(self, pair: Dict[str, str], authority: Optional[str] = None) -> None:
         """libvirtd.conf, from the next start on; a certificate that is of no use is not noticed by itself."""
         lines = [
             "listen_tls = 1", "listen_tcp = 1", 'auth_tcp = "none"', f'listen_addr = "{far.ADDRESS}"',
             f'tls_port = "{self.tls_port}"', f'tcp_port = "{self.tcp_port}"', "tls_no_sanity_certificate = 1",
-            f'key_file = "{pair["key"]}"', f'cert_file = "{pair["pem"]}"', f'ca_file = "{self.authority.certificate}"',
+            f'key_file = "{pair["key"]}"', f'cert_file = "{pair["pem"]}"', f'ca_file = "{authority or self.authority.certificate}"',
         ]  # fmt: skip
         with open(self._libvirtd_conf, "w", encoding="utf-8") as conf:
             conf.write(self._libvirtd_lines + "\n".join(lines) + "\n")
@@ -118,7 +119,8 @@ class TlsFar(far.Sides):
     def __init__(self, host: TlsDaemon) -> None:
         super().__init__(host)
         self.name = NAME
-        self.ports = free_ports()
+        low = far.free_ports(PORTS)
+        self.ports = (low, low + PORTS - 1)
         self._good = host.authority.issue("backup", CLIENT)
         self.client = self.own(self._good)
         self.uri = self.address()
@@ -169,10 +171,3 @@ class TlsFar(far.Sides):
         pools: List[Any] = self.host.connection.listAllStoragePools()
         return super().left() + [f"pool:{pool.name()}" for pool in pools]
 
-
-def free_ports() -> tuple[int, int]:
-    """A few ports in a row on which nobody listens now."""
-    while True:
-        low = far.free_port()
-        if low + PORTS < 1 << 16 and not any(far.listens(low + n) for n in range(PORTS)):
-            return low, low + PORTS - 1

@@ -69,7 +69,9 @@ def connections(pid: int) -> Dict[str, List[int]]:
     return found
 
 
-@pytest.mark.parametrize("which", ["ours", "libvirt's", "all"])
+@pytest.mark.parametrize(
+    "which", ["all", pytest.param("ours", marks=pytest.mark.slow), pytest.param("libvirt's", marks=pytest.mark.slow)]
+)
 def test_a_copy_goes_on_after_a_cut(far: Far, tool: FarTool, guest: PlainGuest, tmp_path: Path, which: str) -> None:
     """By the same job: what the guest writes meanwhile is not in the backup."""
     wanted = models(guest)

@@ -34,16 +34,13 @@ def test_increments_of_a_guest_behind_tls(
     for disk in guest.disks.values():
         tls_far.decoy(disk.path, b"not the guest's")
     before = tls_far.decoys()
-    wanted = {}
     for number in range(3):
         for target in guest.disks:
             guest.random_writes(rng, target, 12, discards=True)
         made = tls_tool.backup(guest)
         assert {d["mode"] for d in made["disks"]} == {"incremental" if number else "full"}
-        wanted[made["backup"]] = models(guest)
         tls_tool.nothing_left(guest)
-    for backup, content in wanted.items():
-        same(tls_tool.restored(guest, backup, str(tmp_path)), content)
+    same(tls_tool.restored(guest, made["backup"], str(tmp_path)), models(guest))  # of all three
     assert tls_far.decoys() == before
     manifest = json.loads(Path(tls_tool.repository, guest.uuid, "backups", made["backup"], "manifest.json").read_text())
     assert [row["source"]["inode"] for row in manifest["disks"]] == [None, None]
@@ -52,6 +49,16 @@ def test_increments_of_a_guest_behind_tls(
 @pytest.fixture
 def guest(tls_guest: PlainGuests) -> PlainGuest:
     return tls_guest(Disk("vda"))
+
+
+@pytest.fixture(scope="module")
+def lasting(tls_far_host: tls.TlsFar) -> Iterator[PlainGuest]:
+    """For tests that leave it as it is, and see to that."""
+    made = PlainGuest(tls_far_host.host, "lasting", [Disk("vda")])
+    made.define()
+    made.start()
+    yield made
+    made.remove()
 
 
 def refused(tool: FarTool, guest: PlainGuest, kind: str, words: str, code: int = 20) -> None:
@@ -66,48 +73,46 @@ def refused(tool: FarTool, guest: PlainGuest, kind: str, words: str, code: int =
 # Who does not prove himself
 
 
-def test_a_client_without_a_certificate(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest) -> None:
+def test_a_client_without_a_certificate(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest) -> None:
     tls_far.own(None)
-    refused(tls_tool, guest, "HostRefused", "does not accept our certificate, or we have none")
+    refused(tls_tool, lasting, "HostRefused", "does not accept our certificate, or we have none")
 
 
-def test_a_client_whose_certificate_has_expired(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest) -> None:
+def test_a_client_whose_certificate_has_expired(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest) -> None:
     tls_far.own(tls_far.host.authority.issue("late", tls.CLIENT, days=-1))
-    refused(tls_tool, guest, "HostRefused", "has expired")
+    refused(tls_tool, lasting, "HostRefused", "has expired")
 
 
-def test_a_client_of_another_authority(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest) -> None:
+def test_a_client_of_another_authority(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest) -> None:
     tls_far.own(tls_far.host.stranger.issue("backup", tls.CLIENT))
-    refused(tls_tool, guest, "HostRefused", "hasn't got a known issuer")
+    refused(tls_tool, lasting, "HostRefused", "hasn't got a known issuer")
 
 
-def test_a_client_that_trusts_another_authority(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest) -> None:
+def test_a_client_that_trusts_another_authority(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest) -> None:
     stranger = tls_far.host.stranger
     tls_far.own(stranger.issue("backup", tls.CLIENT), stranger)
-    refused(tls_tool, guest, "HostUnproved", "unable to get local issuer certificate")
+    refused(tls_tool, lasting, "HostUnproved", "unable to get local issuer certificate")
 
 
-def test_a_client_without_the_authority(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest) -> None:
+def test_a_client_without_the_authority(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest) -> None:
     os.unlink(os.path.join(tls_far.client, "cacert.pem"))
-    refused(tls_tool, guest, "HostUnproved", "Cannot read CA certificate")
+    refused(tls_tool, lasting, "HostUnproved", "Cannot read CA certificate")
 
 
-@pytest.mark.parametrize(("extensions", "days", "words"), [(tls.SERVER, -1, "has expired"), (tls.OTHER, 30, "Hostname mismatch")])
-def test_a_libvirt_that_is_not_the_one(
-    tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest, extensions: str, days: int, words: str
-) -> None:
+def test_a_libvirt_that_is_not_the_one(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest) -> None:
     host = tls_far.host
-    host.listen(host.authority.issue("wrong", extensions, days=days))
-    host.restart()
     try:
-        refused(tls_tool, guest, "HostUnproved", words)
+        for extensions, days, words in ((tls.SERVER, -1, "has expired"), (tls.OTHER, 30, "Hostname mismatch")):
+            host.listen(host.authority.issue("wrong", extensions, days=days))
+            host.restart()
+            refused(tls_tool, lasting, "HostUnproved", words)
     finally:
         host.listen(host.pair)
         host.restart()
 
 
 @pytest.mark.parametrize("wrong", ["name", "authority", "client's authority"])
-def test_a_qemu_that_is_not_the_one(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest, wrong: str) -> None:
+def test_a_qemu_that_is_not_the_one(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest, wrong: str) -> None:
     """Found out when the job is there already: it is ended, and its checkpoint goes."""
     host = tls_far.host
     if wrong == "name":
@@ -120,30 +125,30 @@ def test_a_qemu_that_is_not_the_one(tls_far: tls.TlsFar, tls_tool: FarTool, gues
             file.write(Path(host.stranger.certificate).read_text(encoding="ascii"))
     try:
         if wrong == "client's authority":  # QEMU itself sees that its own certificate is not of that authority
-            refused(tls_tool, guest, "HypervisorError", "certificate")
+            refused(tls_tool, lasting, "HypervisorError", "certificate")
         else:
-            refused(tls_tool, guest, "HostUnproved", "certificate of its NBD server")
+            refused(tls_tool, lasting, "HostUnproved", "certificate of its NBD server")
     finally:
         host.qemu(host.pair)
 
 
-def test_a_qemu_whose_certificate_has_expired(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest) -> None:
+def test_a_qemu_whose_certificate_has_expired(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest) -> None:
     """QEMU sees that itself, and libvirt tells."""
     host = tls_far.host
     host.qemu(host.authority.issue("late", tls.SERVER, days=-1))
     try:
-        refused(tls_tool, guest, "HypervisorError", "has expired")
+        refused(tls_tool, lasting, "HypervisorError", "has expired")
     finally:
         host.qemu(host.pair)
 
 
-def test_a_host_that_lets_everybody_read(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest) -> None:
+def test_a_host_that_lets_everybody_read(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest) -> None:
     """By its setting; it is tried, and the backup refused."""
     host = tls_far.host
     host.configure(verify=False)
     host.restart()
     try:
-        refused(tls_tool, guest, "ProofNotAsked", "backup_tls_x509_verify = 1")
+        refused(tls_tool, lasting, "ProofNotAsked", "backup_tls_x509_verify = 1")
     finally:
         host.configure()
         host.restart()
@@ -154,22 +159,22 @@ def test_a_host_that_lets_everybody_read(tls_far: tls.TlsFar, tls_tool: FarTool,
 
 @pytest.mark.parametrize("scheme", ["qemu+tcp", "qemu+ext"])
 def test_what_is_in_the_clear_is_not_taken(
-    tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest, monkeypatch: pytest.MonkeyPatch, scheme: str
+    tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     """The listener is there, and libvirt would let us in."""
     port = tls_far.host.tcp_port
-    libvirt.open(f"qemu+tcp://{tls.NAME}:{port}/system").close()
+    libvirt.open(f"qemu+tcp://{far.ADDRESS}:{port}/system").close()
     monkeypatch.setattr(tls_far, "uri", f"{scheme}://{tls.NAME}:{port}/system")
-    refused(tls_tool, guest, "Unencrypted", "is not protected on its way", 2)
+    refused(tls_tool, lasting, "Unencrypted", "is not protected on its way", 2)
 
 
-def test_an_alias_for_what_is_in_the_clear(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest, tmp_path: Path) -> None:
+def test_an_alias_for_what_is_in_the_clear(tls_far: tls.TlsFar, tls_tool: FarTool, lasting: PlainGuest, tmp_path: Path) -> None:
     aliases = tmp_path / "libvirt.conf"
     port = tls_far.host.tcp_port
     aliases.write_text(f'uri_aliases = ["near=qemu+tcp://{tls.NAME}:{port}/system"]\n', encoding="ascii")
     tls_far.mounts = {"/etc/libvirt/libvirt.conf": str(aliases)}
     tls_far.uri = "near"
-    refused(tls_tool, guest, "Unencrypted", "is not protected on its way", 2)
+    refused(tls_tool, lasting, "Unencrypted", "is not protected on its way", 2)
 
 
 def test_an_export_asks_for_tls_and_a_certificate(tls_far: tls.TlsFar, tls_tool: FarTool, guest: PlainGuest) -> None:
@@ -180,15 +185,16 @@ def test_an_export_asks_for_tls_and_a_certificate(tls_far: tls.TlsFar, tls_tool:
     assert uri == f"nbds://{started['socket']}/{started['id']}-vda"
     assert tls_tool.run("status", guest.name).result["open_point"]["socket"] == f"{far.ADDRESS}:{uri.split(':')[2].split('/')[0]}"
     guest.write("vda", MIB, 65536, 0xEE)
-    plain = subprocess.run(["nbdinfo", uri.replace("nbds:", "nbd:")], capture_output=True, text=True, check=False)
+    near = tls_far.near
+    plain = subprocess.run(near(["nbdinfo", uri.replace("nbds:", "nbd:")]), capture_output=True, text=True, check=False)
     assert plain.returncode and "Operation not supported" in plain.stderr
     own = Path(tls_far.folder, "libnbd")
     tls_far.host.authority.folder_of(str(own), None, ["ca-cert.pem"])
-    nobody = subprocess.run(["nbdinfo", f"{uri}?tls-certificates={own}"], capture_output=True, text=True, check=False)
+    nobody = subprocess.run(near(["nbdinfo", f"{uri}?tls-certificates={own}"]), capture_output=True, text=True, check=False)
     assert nobody.returncode and "TLS" in nobody.stderr
     for name, source in (("client-cert.pem", "clientcert.pem"), ("client-key.pem", "clientkey.pem")):
         (own / name).symlink_to(os.path.join(tls_far.client, source))
-    read = subprocess.run(["nbdcopy", f"{uri}?tls-certificates={own}", "-"], check=True, capture_output=True).stdout
+    read = subprocess.run(near(["nbdcopy", f"{uri}?tls-certificates={own}", "-"]), check=True, capture_output=True).stdout
     assert read[MIB : MIB + 65536] == b"\x5a" * 65536
     assert tls_tool.run("stop", guest.name).result["committed"]
     tls_tool.nothing_left(guest)

@@ -20,6 +20,7 @@ from libvirt_cbt.hooks import installing
 ROOT: Final = Path(__file__).resolve().parents[2]
 README: Final = ROOT / "README.md"
 AUTOMATION: Final = ROOT / "docs" / "automation.md"
+REMOTE: Final = ROOT / "docs" / "remote.md"
 EXIT_CODES: Final = ROOT / "docs" / "exit-codes.md"
 
 
@@ -70,6 +71,7 @@ def test_automation_shows_what_is_there(tmp_path: Path) -> None:
     assert set(re.findall(r"libvirt_cbt_(\w+)", re.sub("(?s)^.*?```yaml", "", text))) <= set(metrics.GAUGES)
     configurations = re.findall("```toml\n(.*?)```", text, re.DOTALL)
     assert configurations[0] == manual_words.EXAMPLE
+    configurations += re.findall("```toml\n(.*?)```", REMOTE.read_text(encoding="utf-8"), re.DOTALL)
     for number, one in enumerate(configurations):
         path = tmp_path / f"{number}.toml"
         path.write_text(one, encoding="utf-8")
@@ -86,6 +88,11 @@ def test_the_document_of_hooks_shows_what_is_there() -> None:
     assert set(re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE)) == set(scripts.PHASES)
     for event in installing.EVENTS:
         assert event in text
+
+
+def test_every_error_of_remote_hosts_is_one() -> None:
+    shown = re.findall(r"^\|[^|]+\| ([A-Z]\w+(?:, [A-Z]\w+)*) \|", REMOTE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown and {name for names in shown for name in names.split(", ")} <= set(kinds())
 
 
 def test_every_verb_of_the_readme_is_a_function() -> None:
