@@ -32,6 +32,7 @@ ROWS: Final[Dict[str, str]] = {
     "verify": "readers",
     "extents": "bitmaps.bitmap_extents",
     "query": "query",
+    "ssh": "remote",
     "memory": "memory",
     "thousand": "thousand",
     "lasting": "thousand.lasting",

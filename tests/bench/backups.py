@@ -59,7 +59,7 @@ def _full(world: World, guest: Guest, into: List[Sample]) -> None:
 
 def _floor(world: World, guest: Guest, into: List[Sample]) -> None:
     """The least that copies a disk of a running guest into a compressed qcow2 image: four programs, no digest."""
-    layer, sink = world.new("floor.qcow2"), world.new("floor.sock")
+    layer, socket = world.new("floor.qcow2"), world.new("floor.sock")
     sizes = {target: guest.domain.blockInfo(target)[0] for target in guest.disks}
     virsh = ["virsh", "-q", "-c", world.host.uri]
     with prepared(world, guest, sizes) as (job, checkpoint, name):
@@ -71,14 +71,18 @@ def _floor(world: World, guest: Guest, into: List[Sample]) -> None:
         source = bare_socket(world)
         with timed(into):
             run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", layer, str(sizes["vda"]))
-            node = f"driver=compress,file.driver=qcow2,file.file.driver=file,file.file.filename={layer}"
-            argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--socket", sink, "--image-opts", node]
-            with server(sink, *argv):
+            with server(socket, *sink(layer, socket)):
                 run(*virsh, "backup-begin", guest.name, *xml, "--reuse-external")
-                uris = [f"nbd+unix:///vda?socket={source}", f"nbd+unix:///?socket={sink}"]
+                uris = [f"nbd+unix:///vda?socket={source}", f"nbd+unix:///?socket={socket}"]
                 run("nbdcopy", "--destination-is-zero", "--flush", *uris)
             run(*virsh, "domjobabort", guest.name)
         guest.domain.checkpointLookupByName(name).delete(0)
+
+
+def sink(layer: str, socket: str) -> List[str]:
+    """What writes a compressed image, `layer`, from NBD."""
+    node = f"driver=compress,file.driver=qcow2,file.file.driver=file,file.file.filename={layer}"
+    return ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--socket", socket, "--image-opts", node]
 
 
 def _peer(world: World, guest: Guest, level: str, output: str, into: List[Sample]) -> None:

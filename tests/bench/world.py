@@ -35,9 +35,11 @@ def run(*argv: str, env: Optional[Mapping[str, str]] = None) -> str:
 
 
 @contextmanager
-def server(socket: str, *argv: str) -> Iterator[None]:
+def server(socket: str, *argv: str, env: Optional[Mapping[str, str]] = None) -> Iterator[None]:
     """A server that listens on `socket`, which nothing is at yet; ended in order, also when we are."""
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        argv, env=None if env is None else {**env}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     try:
         while not os.path.exists(socket):
             if process.poll() is not None:
