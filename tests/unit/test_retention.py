@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from libvirt_cbt import errors
@@ -52,11 +52,13 @@ def plainly(times: Sequence[datetime], rules: Dict[str, Any]) -> List[int]:
     return sorted(found)
 
 
+@settings(deadline=None)
 @given(ascending, some_rules)
 def test_what_stays_is_what_the_rules_say(times: List[datetime], rules: Dict[str, Any]) -> None:
     assert kept(times, **rules) == plainly(times, rules)
 
 
+@settings(deadline=None)
 @given(ascending, some_rules)
 def test_twice_is_once(times: List[datetime], rules: Dict[str, Any]) -> None:
     first = retention.decide(candidates(times), Rules(**rules), NOW)
@@ -64,6 +66,7 @@ def test_twice_is_once(times: List[datetime], rules: Dict[str, Any]) -> None:
     assert (again.kept, again.removed) == (first.kept, ())
 
 
+@settings(deadline=None)
 @given(ascending, some_rules, some_rules)
 def test_more_rules_keep_more(times: List[datetime], rules: Dict[str, Any], more: Dict[str, Any]) -> None:
     larger = {**rules, **{name: value for name, value in more.items() if name not in rules}}
@@ -71,6 +74,7 @@ def test_more_rules_keep_more(times: List[datetime], rules: Dict[str, Any], more
     assert set(kept(times, **rules)) <= set(kept(times, **larger))
 
 
+@settings(deadline=None)
 @given(ascending, some_rules, st.sets(st.integers(1, 60)), st.sets(st.integers(1, 60)))
 def test_everything_is_kept_or_removed_and_what_stays_stays(
     times: List[datetime], rules: Dict[str, Any], stays: set[int], asked: set[int]
@@ -86,6 +90,7 @@ def test_everything_is_kept_or_removed_and_what_stays_stays(
     assert retention.decide(every[::-1], Rules(**rules), NOW, free) == found
 
 
+@settings(deadline=None)
 @given(st.lists(st.datetimes(timezones=st.just(timezone.utc)), min_size=1, max_size=40), some_rules, st.datetimes(timezones=st.just(timezone.utc)))
 def test_any_times_at_all(times: List[datetime], rules: Dict[str, Any], now: datetime) -> None:
     assert kept(times, now, **rules)[-1] == len(times)
