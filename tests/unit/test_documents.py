@@ -284,9 +284,14 @@ def _bomb(entity: str) -> str:
     ],
     ids=range(7),
 )
-def test_a_bomb_is_not_even_parsed(text: str) -> None:
+def test_a_bomb_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A newer libxml2 would refuse them itself; what names another encoding is read as UTF-8, and so is no DOCTYPE."""
     with pytest.raises(errors.HypervisorError, match=r"DOCTYPE|well-formed"):
         xmldoc.parse(text, "it")
+    if "utf-7" not in text:
+        monkeypatch.setattr("lxml.etree.fromstring", lambda *_: pytest.fail("it was parsed"))
+        with pytest.raises(errors.HypervisorError, match="DOCTYPE"):
+            xmldoc.parse(text, "it")
 
 
 @pytest.mark.parametrize(
