@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ def main() -> int:
     found.mkdir(exist_ok=True)
     bad = 0
     for name in asked.targets or targets.TARGETS:
-        with tempfile.TemporaryDirectory(prefix="cbt-fuzz-") as work:
+        with tempfile.TemporaryDirectory(prefix="cbt-fuzz-", dir=targets.memory()) as work:
             raw, shaped = Path(work, "raw"), Path(work, "shaped")
             shutil.copytree(shapes.CORPUS / name, raw)
             shaped.mkdir()
@@ -51,7 +52,11 @@ def fuzzed(name: str, mode: str, found: Path, place: Path, seconds: float) -> Tu
     options = [f"-max_total_time={seconds:.0f}", f"-max_len={longest}", "-timeout=20", "-rss_limit_mb=1500", "-print_final_stats=1"]
     argv = [sys.executable, "-m", "tests.fuzz.one", name, mode, str(found), *options]
     argv += [f"-artifact_prefix={found}/{name}-{mode}-", str(place)]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    # Its own files go with ours: libFuzzer ends it without a word to Python.
+    environment = {**os.environ, "TMPDIR": str(place.parent)}
+    done = subprocess.run(
+        argv, check=False, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=environment
+    )
     (found / f"{name}-{mode}.log").write_text(done.stderr + done.stdout)
     counted = re.findall(r"^#(\d+)\s", done.stderr, re.MULTILINE)
     covered = re.findall(r"cov: (\d+)", done.stderr)

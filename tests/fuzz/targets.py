@@ -12,7 +12,7 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, Callable, Dict, Final, Iterator, List, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Final, Iterator, List, Optional, Sequence, Tuple, Type
 
 import blake3
 import libvirt
@@ -50,10 +50,14 @@ SEALED: Final[Tuple[Type[manifest.Sealed], ...]] = (
 CAPACITY: Final = 1 << 22  # bytes: of a disk whose every byte is looked at
 
 
+def memory() -> Optional[str]:
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
 @cache
 def folder() -> str:
     """In memory where that can be had; removed at the end of the process."""
-    place = tempfile.TemporaryDirectory(prefix="cbt-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    place = tempfile.TemporaryDirectory(prefix="cbt-fuzz-", dir=os.environ.get("TMPDIR") or memory())
     _kept.append(place)
     return place.name
 
