@@ -252,7 +252,9 @@ class Guardian:
                     if self._socket and not job.exporting(self._host, self._uuid, self._socket):
                         self._finish(0.0)
                 except errors.CbtError:
-                    continue  # the daemon is away; the guest goes on to write, and the room is still to be minded
+                    # The daemon is away; the guest goes on to write, and the room is still to be minded, while there is one.
+                    if self._lookout is None and not os.path.exists(self._directory):
+                        return
 
 
 def say(what: str, **facts: Any) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import pytest
 
-from libvirt_cbt import names
+from libvirt_cbt import errors, names
 from libvirt_cbt.hypervisor import guardian, job, pace, scratch
 
 UUID = names.domain_uuid("9999a938-2dfd-4056-963e-b2b3b4727f5a")
@@ -73,3 +75,29 @@ def test_the_tool_hangs_up_before_the_job_is_ended(
     made._used = used
     made._leave_to_tool("/run/x")
     assert len(looks) == asked
+
+
+def test_a_point_of_which_nothing_is_left_is_not_minded_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """libvirt's host was taken down under it, the guest with it, and its files were removed."""
+    folder, asked = tmp_path / "scratch", threading.Semaphore(0)
+    folder.mkdir()
+
+    def exporting(*_: object) -> bool:
+        asked.release()
+        raise errors.NoHypervisor(uri="x", reason="away")
+
+    monkeypatch.setattr(job, "exporting", exporting)
+    monkeypatch.setattr(guardian, "STATISTICS_SECONDS", 0.01)
+    monkeypatch.setattr(pace, "stopped", lambda *_: False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    host: Any = SimpleNamespace(site=SimpleNamespace(lookout=lambda _: None, room=lambda _: 1 << 30))
+    made = guardian.Guardian(host, UUID)
+    made._do({**WATCH, "directory": str(folder)})
+    thread = threading.Thread(target=made._stay, daemon=True)
+    thread.start()
+    for _ in range(3):
+        assert asked.acquire(timeout=30)
+    assert thread.is_alive()
+    folder.rmdir()
+    thread.join(30)
+    assert not thread.is_alive()
