@@ -6,6 +6,7 @@ import gc
 import importlib
 import io
 import os
+import signal
 import sys
 from typing import Any, Dict, Final, List, Optional
 
@@ -174,8 +175,8 @@ def exit_code(argv: Optional[List[str]] = None) -> int:
         group.main(args=argv, prog_name="libvirt-cbt", standalone_mode=False)
     except click.exceptions.Exit as e:
         return int(e.exit_code)
-    except click.Abort:
-        return 130
+    except click.Abort:  # Ctrl-C before the verb began: from then on it is a flag
+        return _failed(errors.Interrupted(number=signal.SIGINT.value, signal=signal.SIGINT.name), argv)
     except click.ClickException as e:
         return _misused(e, sys.argv[1:] if argv is None else argv)
     except SystemExit as e:
@@ -183,8 +184,12 @@ def exit_code(argv: Optional[List[str]] = None) -> int:
     except BrokenPipeError:
         return 0
     except errors.CbtError as e:  # of what a command looks at before its verb: the configuration, for example
-        logs.error(e)
-        if "--json" in (sys.argv[1:] if argv is None else argv):
-            print(output.dumped(output.document([], e)))
-        return e.code
+        return _failed(e, argv)
     return 0
+
+
+def _failed(error: errors.CbtError, argv: Optional[List[str]]) -> int:
+    logs.error(error)
+    if "--json" in (sys.argv[1:] if argv is None else argv):
+        print(output.dumped(output.document([], error)))
+    return error.code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import json
 import os
@@ -126,3 +127,16 @@ def test_a_name_that_the_encoding_lacks(tmp_path: Path) -> None:
             env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True,
         )  # fmt: skip
         assert b"65e5" in done.stdout
+
+
+def test_ctrl_c_before_the_verb_has_its_document_and_its_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert cli.exit_code(["--json", "list"]) == 130
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"]["kind"] == "Interrupted"
+    assert "SIGINT" in err and len(err.strip().splitlines()) == 1
