@@ -86,11 +86,12 @@ class Calls:
 
 def _ended(code: int, out: str, err: str) -> Ended:
     # Ctrl-C while Python still starts is Python's.
-    require(("Traceback" not in err and code != 70) or code == -signal.SIGINT, "a traceback", err)
+    starting = code == -signal.SIGINT or "Failed to import the site module" in err
+    require(starting or ("Traceback" not in err and code != 70), "a traceback", err)
     document: Dict[str, Any] = {}
     if out.strip() and code >= 0:
         document = json.loads(out)
-    require(document or code < 0, "no document", f"exit {code}: {err}")
+    require(document or code < 0 or starting, "no document", f"exit {code}: {err}")
     return Ended(code, document, err)
 
 
