@@ -213,6 +213,8 @@ class _Watched:
             if not arguments[2] & os.O_CREAT:
                 return None
             kind, what = "create", self._text(arguments[1])
+            if what == os.devnull:
+                return None  # libvirt's client, which is told to log nowhere
         elif kind == "spawn":
             what = "a process"
         else:
