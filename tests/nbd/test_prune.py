@@ -117,7 +117,7 @@ def test_the_cost_follows_what_is_merged(folder: str, rng: random.Random, compre
 def test_the_bytes_that_the_kernel_is_given(folder: str, rng: random.Random) -> None:
     """The same, not as the tool says but as the kernel sees it; every backup that has no part in it is not touched.
 
-    The increments are 4 MiB: some tables of 64 KiB are written besides, however small they are.
+    QEMU writes a table of 64 KiB again and again while it fills, as often as it likes: 1.06 to 1.22 was seen in all.
     """
     history = History(folder, 24 * MIB)
     fill(history, rng, "vda", 0, 20 * MIB)
@@ -130,12 +130,12 @@ def test_the_bytes_that_the_kernel_is_given(folder: str, rng: random.Random) -> 
     stored = [history.stored(identity) for identity in everyone]
     others = {identity: history.files(identity) for identity in (everyone[0], everyone[1], everyone[5])}
     written = traced(folder, history, "3", "4")  # they go into the fifth
-    assert 0 < written <= 1.1 * (stored[2] + stored[3]), (written, stored)
+    assert 0 < written <= 1.3 * (stored[2] + stored[3]), (written, stored)
     assert {identity: history.files(identity) for identity in others} == others
     stored = [history.stored(identity) for identity in (everyone[1], everyone[4], everyone[5])]
     others = {identity: history.files(identity) for identity in everyone[4:]}
     written = traced(folder, history, "1")  # the second takes its place
-    assert 0 < written <= 1.1 * stored[0], (written, stored)
+    assert 0 < written <= 1.3 * stored[0], (written, stored)
     assert {identity: history.files(identity) for identity in others} == others
     history.prove()
 
