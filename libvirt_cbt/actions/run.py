@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Callable, Final, List, Optional, TypeVar
 
@@ -14,7 +15,7 @@ from libvirt_cbt.actions.prune import prune
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.actions.verify import verify
 from libvirt_cbt.hypervisor import domain
-from libvirt_cbt.nbdio.lanes import Options
+from libvirt_cbt.nbdio.lanes import READING, Options
 from libvirt_cbt.repository import checked, outcomes, store
 
 T = TypeVar("T")
@@ -114,7 +115,8 @@ class _Work:
         return done
 
     def verify(self) -> results.Verify:
-        done = verify(self._session, self._kept.uuid, sample=self._rules.verify, options=self._options)
+        options = replace(self._options, requests=READING)
+        done = verify(self._session, self._kept.uuid, sample=self._rules.verify, options=options)
         for one in done.damage:
             where = f" disk {one.target}" if one.target else ""
             self._failed("verify", errors.Damaged.code, "Damaged", f"backup {one.backup}{where} is damaged: {one.reason}")

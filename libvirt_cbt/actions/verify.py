@@ -12,7 +12,7 @@ from libvirt_cbt import errors, extents, places, points
 from libvirt_cbt.actions import results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.nbdio import check, server
-from libvirt_cbt.nbdio.lanes import Options
+from libvirt_cbt.nbdio.lanes import READING, Options
 from libvirt_cbt.repository import checked, manifest, npy, outcomes, pins, plan, published, store, verified
 
 
@@ -36,7 +36,7 @@ def verify(
         wanted = _needed(kept, kept.resolve(points.at(at))) if at else None
         if sample is not None:
             wanted = set(checked.longest_unread(kept, sample))
-        total, read, seen = _read(session, kept, wanted, options or Options(), sampled=sample is not None)
+        total, read, seen = _read(session, kept, wanted, options or Options(requests=READING), sampled=sample is not None)
     damage = Counter(one.backup for one in seen.damage)
     notes = [checked.record(kept, {backup: damage[backup] for backup in read})]
     if wanted is None:

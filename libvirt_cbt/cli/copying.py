@@ -38,15 +38,19 @@ def options(function: F) -> F:
                      help="Read at most so much a second, all disks together; K, M or G behind it [no limit]."),
         click.option("--connections", metavar="N", type=int, help="NBD connections per disk [1]."),
         click.option("--request-size", metavar="BYTES", type=int, help="Of one read, a multiple of 64 KiB [262144]."),
-        click.option("--requests", metavar="N", type=int, help="Reads in flight per disk [8]."),
+        click.option("--requests", metavar="N", type=int, help="Reads in flight per disk [8; of verify 24]."),
     ):  # fmt: skip
         function = add(function)
     return function
 
 
-def taken(arguments: Dict[str, Any]) -> Options:
-    """Takes those options out of a command's arguments.  Errors: Usage for values out of range."""
-    from libvirt_cbt.nbdio.lanes import Options
+def taken(arguments: Dict[str, Any], *, reading: bool = False) -> Options:
+    """Takes those options out of a command's arguments, one that is `reading` alone or not.
 
-    given = {name: arguments.pop(name) for name in NAMES}
-    return Options(**{name: value for name, value in given.items() if value is not None})
+    Errors: Usage for values out of range.
+    """
+    from libvirt_cbt.nbdio.lanes import READING, Options
+
+    given: Dict[str, Any] = {name: arguments.pop(name) for name in NAMES}
+    defaults = {"requests": READING} if reading else {}
+    return Options(**{**defaults, **{name: value for name, value in given.items() if value is not None}})

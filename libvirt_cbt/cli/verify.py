@@ -40,7 +40,7 @@ def command(
             _show(found)
 
     def one(name: str, session: libvirt_cbt.Session) -> results.Verify:
-        return libvirt_cbt.verify(session, name, at=at, sample=sample, options=copying.taken(dict(options)))
+        return libvirt_cbt.verify(session, name, at=at, sample=sample, options=copying.taken(dict(options), reading=True))
 
     wanted = [domain] if domain else output.listed(settings, lambda s: s.repository().uuids())
     output.run(settings, [partial(one, name) for name in wanted], show, always=True)

@@ -24,6 +24,7 @@ POOL: Final = 64
 LONGEST_RUN: Final = 1 << 20  # of data, with one digest
 STOP_SECONDS: Final = 0.02  # how often `stop` is asked: it looks at files and pipes, a turn may take microseconds
 BURST_SECONDS: Final = 0.1  # of unused bandwidth that may be made up for
+READING: Final = 24  # requests where nothing is written: QEMU takes 16 of a connection at once, and finds the next there
 LONGEST_TURN: Final = 1.0  # seconds of one that count as waiting
 SLOWEST: Final = extents.GRAIN  # bytes a second
 GONE: Final = (errno.ENOTCONN, errno.ESHUTDOWN, errno.EPIPE, errno.ECONNRESET)  # the server went, not the sector
