@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
@@ -37,7 +38,7 @@ def prune(
 ) -> results.Prune:
     """Removes the backups that no rule keeps, and those in `remove` (numbers or ids); any can go but the newest of each
     disk and the protected ones.  A removed backup is a mark from then on; `forget` drops all generations before the
-    oldest backup that is left, but for the newest two of all.  `keep_within` is a duration such as 1y5m7d2h.
+    oldest backup that is left, but for those whose checkpoint may be alive.  `keep_within` is a duration such as 1y5m7d2h.
 
     What could not be removed is in `skipped`, if anything else could be done.  A backup whose manifest is damaged stays,
     and its layers as they are; while there is one nothing is forgotten.
@@ -54,8 +55,8 @@ def prune(
     if dry_run:
         decision = _decided(kept, rules, remove)
         merged = _foreseen(kept, {c.id for c in decision.removed})
-        forgettable = _forgettable(kept, {c.id for c in decision.removed}) if forget and not kept.unread() else []
-        gone = [m.id for m in forgettable]
+        removed = {c.id for c in decision.removed}
+        gone = [m.id for m in _forgettable(session, kept, removed)] if forget and not kept.unread() else []
         return _result(kept, decision, merged, gone, [], 0, begun, dry_run=True)
     with outcomes.noted(kept, "prune"), kept.lock():
         _require_known(kept)
@@ -68,7 +69,7 @@ def prune(
         _settle(session, kept, mend=killed)
         _intend(kept, [c.id for c in decision.removed])
         work.take_away({c.id for c in decision.removed})
-        gone = _forget(kept, work) if forget else []
+        gone = _forget(session, kept, work) if forget else []
         if all(isinstance(f.error, BEFOREHAND) or not f.target for f in work.failures):
             merging.end(kept)
         freed = before - _occupied(kept)
@@ -175,20 +176,35 @@ def _settle(session: Session, kept: store.DomainStore, *, mend: bool) -> None:
             session.watch.note(f"backup {generation.id} was left as it is: {e}")
 
 
-def _forgettable(kept: store.DomainStore, removed: Set[str]) -> List[manifest.Manifest]:
-    """Everything before the oldest backup; the newest two generations stay, for their checkpoints may be alive."""
+def _forgettable(session: Session, kept: store.DomainStore, removed: Set[str]) -> List[manifest.Manifest]:
+    """Everything before the oldest backup, up to a generation whose checkpoint may be alive: the newest two may.
+
+    After an external snapshot older ones are, until the guest runs, and only their generation proves them ours.
+    """
     generations = kept.generations()
     first = next((n for n, m in enumerate(generations) if m.kind != "mark" and m.id not in removed), len(generations))
-    return [m for m in generations[: min(first, len(generations) - 2)] if not kept.protected(m.id)] if first else []
+    old = generations[: max(0, min(first, len(generations) - 2))]
+    alive = _alive(session, kept) if old else set()
+    old = list(itertools.takewhile(lambda m: m.checkpoint not in alive, old))
+    return [m for m in old if not kept.protected(m.id)]
 
 
-def _forget(kept: store.DomainStore, work: taking.Work) -> List[str]:
+def _alive(session: Session, kept: store.DomainStore) -> Set[str]:
+    from libvirt_cbt.hypervisor import checkpoints  # where only a repository is, there need be no libvirt
+
+    try:
+        return set(checkpoints.listed(session.host, kept.uuid, sizes=False))
+    except errors.CbtError:
+        return set()  # no such guest here
+
+
+def _forget(session: Session, kept: store.DomainStore, work: taking.Work) -> List[str]:
     gone: List[str] = []
     for lost in kept.unread():
         # Where it belongs is known by the numbers that are missing among the others.
         work.failures.append(taking.Failure(lost.id or "", "", lost.error))
         return gone
-    for generation in _forgettable(kept, set()):
+    for generation in _forgettable(session, kept, set()):
         if kept.layers(generation.id).below:
             break
         try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import sys
 import time
 from contextlib import contextmanager
-from typing import Callable, Iterator
+from typing import Callable, Final, Iterator
 
 from libvirt_cbt import durable, errors, names
+
+ORPHANED_SECONDS: Final = 10.0
 
 
 @contextmanager
@@ -24,22 +27,29 @@ def exclusive(
     """Holds the lock; the kernel lets go of it when the holder dies.
 
     Errors: what `busy` makes of the owner's name.
-    `wait` is in seconds; `stop` is called ten times a second while waiting and may raise.
+    `wait` is in seconds; `stop` is called ten times a second while waiting and may raise.  What a dead holder has
+    started holds it, too, and ends by itself: that is waited for a moment.
     """
     with durable.explained(repository, path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, durable.FILE_MODE)
     try:
-        deadline = time.monotonic() + wait
+        begun = time.monotonic()
         while not _taken(fd, path, repository):
             stop()
-            if time.monotonic() >= deadline:
-                owner = names.printable(os.pread(fd, 300, 0).decode(errors="replace").strip()) or "another process"
-                raise busy(owner)
+            owner = os.pread(fd, 300, 0).decode(errors="replace").strip()
+            if time.monotonic() - begun >= (max(wait, ORPHANED_SECONDS) if _dead(owner) else wait):
+                raise busy(names.printable(owner) or "another process")
             time.sleep(0.1)
         _sign(fd)
         yield
     finally:
         os.close(fd)
+
+
+def _dead(owner: str) -> bool:
+    """Whether who signed was a process of this machine that is no more."""
+    found = re.match(r"process (\d{1,9}) on (\S+) ", owner)
+    return found is not None and found[2] == socket.gethostname() and not os.path.exists(f"/proc/{found[1]}")
 
 
 def _sign(fd: int) -> None:

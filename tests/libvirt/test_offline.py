@@ -460,6 +460,9 @@ def test_after_an_external_snapshot_the_bitmap_is_in_two_images(
     assert (refused.code, refused.document["error"]["kind"]) == (20, "BitmapBelow")
     assert "start the guest" in refused.stderr and "--exclude" not in refused.stderr
     assert len(guest.domain.listAllCheckpoints()) == 2, "all of them or none, in whichever order libvirt lists them"
+    assert [tool.run(*words).code for words in (["mark", guest.name], ["backup", guest.name])] == [0, 0]
+    pruned = tool.run("prune", guest.name, "--keep-last", "1", "--forget").result
+    assert (len(pruned["removed"]), pruned["forgotten"]) == (2, []), "what proves a checkpoint to be ours stays with it"
     guest.start()
     guest.random_writes(rng, "vda", 3)
     assert modes(tool.backup(guest)) == ["incremental"] * 2

@@ -13,7 +13,7 @@ from typing import List
 import pytest
 
 from libvirt_cbt import errors
-from libvirt_cbt.repository import store
+from libvirt_cbt.repository import lock, store
 from tests.unit import repository_samples as samples
 
 ROOT = str(Path(__file__).parents[2])
@@ -96,6 +96,40 @@ def test_waiting_gets_it_when_the_holder_is_killed(kept: store.DomainStore) -> N
     finally:
         end(first)
         end(second)
+
+
+CHILD = """
+import os, subprocess, sys
+from libvirt_cbt import names
+from libvirt_cbt.repository import store
+with store.Repository.open(sys.argv[1]).domain(names.domain_uuid(sys.argv[2])).lock():
+    held = [int(n) for n in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{n}").endswith("/lock")]
+    subprocess.Popen(["sleep", sys.argv[3]], pass_fds=held, stdout=subprocess.DEVNULL)
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_a_killed_holder_has_started_is_waited_for(
+    kept: store.DomainStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its servers may still write, and end with it, but not at once."""
+    command = [sys.executable, "-c", CHILD, kept.repository.path, kept.uuid]
+    for seconds, patience in (("2", 60.0), ("4", 0.5)):
+        monkeypatch.setattr(lock, "ORPHANED_SECONDS", patience)
+        with subprocess.Popen(
+            [*command, seconds], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        ) as process:
+            assert answer(process) == "ready\n"
+            with pytest.raises(errors.RepositoryBusy), kept.lock():
+                pass
+            process.kill()
+        if patience > 1:
+            with kept.lock():
+                pass
+        else:
+            with pytest.raises(errors.RepositoryBusy), kept.lock():
+                pass
 
 
 def test_stop_ends_the_wait(kept: store.DomainStore) -> None:
