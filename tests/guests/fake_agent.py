@@ -115,7 +115,7 @@ class FakeAgent:
         """How often it was asked, answered or not."""
         return [name for _, name in self.received].count(command)
 
-    def wait(self, happened: Callable[[FakeAgent], bool], seconds: float = 10) -> None:
+    def wait(self, happened: Callable[[FakeAgent], bool], seconds: float = 60) -> None:
         """Errors: AssertionError."""
         deadline = time.monotonic() + seconds
         while not happened(self):

@@ -252,7 +252,9 @@ def first_do(tmp_path: Path, program: str, command: str) -> Dict[str, str]:
     folder = tmp_path / "first"
     folder.mkdir()
     wrapper, real, marker = folder / program, shutil.which(program), folder / "done"
-    wrapper.write_text(f'#!/bin/sh\n[ -e {marker} ] || {{ : >{marker}; {command} >&2; }}\nexec {real} "$@"\n')
+    # The tool ends a program that it needs no more: not in the middle of the command.
+    once = f"trap '' TERM; : >{marker}; {command} >&2; trap - TERM"
+    wrapper.write_text(f'#!/bin/sh\n[ -e {marker} ] || {{ {once}; }}\nexec {real} "$@"\n')
     wrapper.chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
