@@ -143,7 +143,8 @@ def main() -> int:
     os.chmod(folder, 0o711)
     for name in ("images", "scratch"):
         os.mkdir(os.path.join(folder, name))
-        let_qemu_in(os.path.join(folder, name), 0o711)
+        os.chmod(os.path.join(folder, name), 0o711)
+    let_qemu_in(os.path.join(folder, "images"), 0o711)
     os.environ["LIBVIRT_CBT_RUN_DIR"] = os.path.join(folder, "run")
     root, repository = os.path.join(folder, "libvirt"), os.path.join(folder, "repository")
     uri = f"qemu:///embed?root={root}"
