@@ -200,9 +200,10 @@ def _alive(session: Session, kept: store.DomainStore) -> Set[str]:
 
 def _forget(session: Session, kept: store.DomainStore, work: taking.Work) -> List[str]:
     gone: List[str] = []
-    for lost in kept.unread():
+    unread = kept.unread()
+    if unread:
         # Where it belongs is known by the numbers that are missing among the others.
-        work.failures.append(taking.Failure(lost.id or "", "", lost.error))
+        work.failures.append(taking.Failure(unread[0].id or "", "", unread[0].error))
         return gone
     for generation in _forgettable(session, kept, set()):
         if kept.layers(generation.id).below:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable, List, Set
 
 from libvirt_cbt import errors
@@ -41,7 +42,7 @@ class Work:
         for disk in disks:
             for backup in reversed(self._left(disk, removed)):
                 if not disk.children(backup):
-                    self._try(disk, backup, lambda d=disk, b=backup: steps.drop(d, b))  # type: ignore[misc]
+                    self._try(disk, backup, partial(steps.drop, disk, backup))
         while True:
             before = self.done
             for disk in disks:
@@ -66,7 +67,7 @@ class Work:
             for _ in disk.children(backup):
                 self._merge(disk, backup, steps.into_child)
             if not disk.children(backup):
-                self._try(disk, backup, lambda d=disk, b=backup: steps.drop(d, b))  # type: ignore[misc]
+                self._try(disk, backup, partial(steps.drop, disk, backup))
 
     def _left(self, disk: carrying.Disk, removed: Set[str]) -> List[str]:
         """What is to go and is still there, ascending; with what a prune that was killed has begun to take away."""

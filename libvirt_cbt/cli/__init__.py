@@ -145,12 +145,18 @@ def _misused(error: click.ClickException, argv: List[str]) -> int:
     where = context.command_path if context else "libvirt-cbt"
     sentence = " ".join(error.format_message().split()).rstrip(".")  # click lays choices out over lines
     found = errors.Usage(reason=f"{sentence}; `{where} --help` shows examples")
-    logs.error(found)
-    if "--json" in argv:
-        print(output.dumped(output.document([], found)))
-    elif context and hasattr(context.command, "misused"):
+    code = _failed(found, argv)
+    if "--json" not in argv and context and hasattr(context.command, "misused"):
         context.command.misused(str(found))
-    return getattr(context.command, "usage_code", found.code) if context else found.code
+    return getattr(context.command, "usage_code", code) if context else code
+
+
+def _failed(error: errors.CbtError, argv: List[str]) -> int:
+    """One sentence, and with --json the document; what to exit with."""
+    logs.error(error)
+    if "--json" in argv:
+        print(output.dumped(output.document([], error)))
+    return error.code
 
 
 def main(argv: Optional[List[str]] = None) -> Any:
@@ -171,25 +177,19 @@ def exit_code(argv: Optional[List[str]] = None) -> int:
     # Before numpy and pydantic are imported; the processes of ours that start later inherit it.
     for variable, value in {**CHEAP_IMPORTS, **SILENT}.items():
         os.environ.setdefault(variable, value)
+    words = sys.argv[1:] if argv is None else argv
     try:
         group.main(args=argv, prog_name="libvirt-cbt", standalone_mode=False)
     except click.exceptions.Exit as e:
         return int(e.exit_code)
     except click.Abort:  # Ctrl-C before the verb began: from then on it is a flag
-        return _failed(errors.Interrupted(number=signal.SIGINT.value, signal=signal.SIGINT.name), argv)
+        return _failed(errors.Interrupted(number=signal.SIGINT.value, signal=signal.SIGINT.name), words)
     except click.ClickException as e:
-        return _misused(e, sys.argv[1:] if argv is None else argv)
+        return _misused(e, words)
     except SystemExit as e:
         return int(e.code or 0)
     except BrokenPipeError:
         return 0
     except errors.CbtError as e:  # of what a command looks at before its verb: the configuration, for example
-        return _failed(e, argv)
+        return _failed(e, words)
     return 0
-
-
-def _failed(error: errors.CbtError, argv: Optional[List[str]]) -> int:
-    logs.error(error)
-    if "--json" in (sys.argv[1:] if argv is None else argv):
-        print(output.dumped(output.document([], error)))
-    return error.code
