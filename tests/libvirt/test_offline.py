@@ -252,15 +252,12 @@ def first_do(tmp_path: Path, program: str, command: str) -> Dict[str, str]:
     folder = tmp_path / "first"
     folder.mkdir()
     wrapper, real, marker = folder / program, shutil.which(program), folder / "done"
-    # The tool ends a program that it needs no more: not in the middle of the command.
-    once = f"trap '' TERM; : >{marker}; {command} >&2; trap - TERM"
-    wrapper.write_text(f'#!/bin/sh\n[ -e {marker} ] || {{ {once}; }}\nexec {real} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\n[ -e {marker} ] || {{ : >{marker}; {command} >&2; }}\nexec {real} "$@"\n')
     wrapper.chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-# Killed: beside other tests the guest at times lives on, for a reason that is not known yet.
-@pytest.mark.parametrize("how", ["runs", pytest.param("killed", marks=pytest.mark.slow), "off again"])
+@pytest.mark.parametrize("how", ["runs", "killed", "off again"])
 def test_a_guest_that_is_started_between_bitmap_and_reading(
     how: str,
     tool: Tool,
@@ -274,7 +271,8 @@ def test_a_guest_that_is_started_between_bitmap_and_reading(
     guest.destroy()
     virsh = f"virsh -q -c '{tool.host.uri}'"
     write = f"qemu-monitor-command {guest.name} --hmp 'qemu-io -d /machine/peripheral/ua-vda/virtio-backend \"write -P 7 64k 64k\"'"
-    found = f"ps -eo pid,args | awk '/[q]emu-system.*{guest.uuid}/ {{print $1}}'"
+    # Whole lines (-ww): a worker of pytest-xdist has COLUMNS from the readline that pytest loads, and ps goes by that.
+    found = f"ps -ww -eo pid,args | awk '/[q]emu-system.*{guest.uuid}/ {{print $1}}'"
     then = {
         "runs": "",
         "killed": f"; until p=$({found}); kill -9 $p; do sleep 0.1; done; while kill -0 $p 2>/dev/null; do sleep 0.1; done",
