@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 from typing import Any, Callable, Generator, Iterator, List, Tuple
 
 import pytest
@@ -78,6 +79,14 @@ def libvirtd(private_libvirtd: Any) -> Any:
     if private_libvirtd.pid is None:
         private_libvirtd.start()
     return private_libvirtd
+
+
+@pytest.fixture
+def tool(libvirtd: Any, tmp_path: Path) -> Any:
+    """The command (tests.libvirt.tool.Tool), with a repository of the test's own."""
+    from tests.libvirt.tool import Tool
+
+    return Tool(libvirtd, str(tmp_path / "repository"))
 
 
 @pytest.fixture

@@ -17,11 +17,6 @@ from tests.libvirt.tool import Tool, models, same
 
 
 @pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
-
-
-@pytest.fixture
 def guest(libvirtd: daemon.Daemon) -> Iterator[PlainGuest]:
     with PlainGuest(libvirtd, "plain", [Disk("vda", 8 * MIB), Disk("vdb", 4 * MIB)]) as made:
         made.define()

@@ -8,14 +8,8 @@ from typing import Any, Callable, List
 
 import pytest
 
-from tests.guests import daemon
 from tests.guests.plain import MIB, Disk, PlainGuest
 from tests.libvirt.tool import Tool, models, same
-
-
-@pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
 
 
 class Past:

@@ -14,7 +14,7 @@ import libvirt
 import pytest
 
 from tests import patience
-from tests.guests import daemon, fake_agent, system
+from tests.guests import fake_agent, system
 from tests.libvirt.tool import Tool, guards
 
 Pair = Tuple[system.SystemGuest, fake_agent.FakeAgent]
@@ -34,11 +34,6 @@ with libvirt_cbt.Session(repository=sys.argv[1]) as session:
     made = libvirt_cbt.backup(session, sys.argv[2], scratch_dir=sys.argv[3])
     print(made.quiesce.result, *made.warnings, flush=True)
 """
-
-
-@pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
 
 
 @pytest.fixture

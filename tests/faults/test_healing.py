@@ -19,11 +19,6 @@ BLOCK = 65536
 
 
 @pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
-
-
-@pytest.fixture
 def guest(libvirtd: daemon.Daemon) -> Iterator[PlainGuest]:
     with PlainGuest(libvirtd, "plain", [Disk("vda", 6 * MIB), Disk("vdb", 2 * MIB + 512)]) as made:
         made.define()

@@ -42,11 +42,6 @@ DISK = 24 * MIB
 
 
 @pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
-
-
-@pytest.fixture
 def guest(plain_guest: Callable[..., PlainGuest]) -> PlainGuest:
     return plain_guest(Disk("vda", DISK), Disk("vdb", MIB), name="faulty")
 

@@ -39,11 +39,6 @@ class Sealed(PlainGuest):
         return etree.tostring(tree, encoding="unicode")
 
 
-@pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
-
-
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One for all tests: how often a key is to be hashed takes seconds to find out."""

@@ -12,18 +12,13 @@ import pytest
 
 import libvirt_cbt
 from libvirt_cbt.hooks import installing
-from tests.guests import daemon, plain
+from tests.guests import plain
 from tests.guests.vdsm import Vdsm
 from tests.libvirt.tool import Tool, models, same
 
 NOBODY = 65534
 OPTED = {"libvirt_cbt": "1"}
 OVIRT = "8c4ac0a3-3b1f-4b4e-9a0e-3f2f0f2c9a11"  # oVirt's checkpoints are called by a UUID
-
-
-@pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
 
 
 @pytest.fixture

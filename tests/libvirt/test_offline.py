@@ -27,11 +27,6 @@ from tests.libvirt.tool import Ended, Tool, models, same
 
 
 @pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
-
-
-@pytest.fixture
 def guest(libvirtd: daemon.Daemon) -> Iterator[PlainGuest]:
     disks = [Disk("vda", 4 * MIB), Disk("vdb", MIB + 17 * 512, options=("cluster_size=512",))]
     with PlainGuest(libvirtd, "plain", disks) as made:

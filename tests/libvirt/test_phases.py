@@ -8,18 +8,11 @@ import random
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-import pytest
-
 from libvirt_cbt import scripts
-from tests.guests import daemon, plain
+from tests.guests import plain
 from tests.libvirt.tool import Tool, models, same
 
 RECORD = 'cat > "{folder}/$(date +%s%N).$LIBVIRT_CBT_PHASE"; env -0 > "{folder}/env.$LIBVIRT_CBT_PHASE"'
-
-
-@pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
 
 
 class Recorded:

@@ -21,11 +21,6 @@ from tests.libvirt.tool import COMMAND, Tool, models, same
 
 
 @pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
-
-
-@pytest.fixture
 def guest(libvirtd: daemon.Daemon) -> Iterator[PlainGuest]:
     disks = [Disk("vda", 6 * MIB), Disk("vdb", 2 * MIB + 17 * 512, options=("cluster_size=512",))]
     with PlainGuest(libvirtd, "plain", disks) as made:

@@ -56,11 +56,6 @@ LIVE = """<domain type='kvm' id='7' xmlns:qemu='http://libvirt.org/schemas/domai
 
 
 @pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
-
-
-@pytest.fixture
 def made(libvirtd: daemon.Daemon) -> Iterator[List[str]]:
     """Names of domains that are removed at the end."""
     names: List[str] = []

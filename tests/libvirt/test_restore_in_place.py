@@ -47,11 +47,6 @@ with libvirt_cbt.Session(repository=sys.argv[1]) as session:
 
 
 @pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
-
-
-@pytest.fixture
 def guest(libvirtd: daemon.Daemon) -> Iterator[PlainGuest]:
     disks = [Disk("vda", 4 * MIB), Disk("vdb", 2 * MIB, fmt="raw"), Disk("vdc", MIB)]
     with PlainGuest(libvirtd, "plain", disks) as made:

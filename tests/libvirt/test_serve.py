@@ -22,11 +22,6 @@ from tests.libvirt.tool import COMMAND, Tool, models, same
 
 
 @pytest.fixture
-def tool(libvirtd: daemon.Daemon, tmp_path: Path) -> Tool:
-    return Tool(libvirtd, str(tmp_path / "repository"))
-
-
-@pytest.fixture
 def guest(libvirtd: daemon.Daemon) -> Iterator[PlainGuest]:
     disks = [Disk("vda", 8 * MIB), Disk("vdb", 3 * MIB + 17 * 512, options=("cluster_size=512",))]
     with PlainGuest(libvirtd, "plain", disks) as made:
