@@ -68,10 +68,10 @@ def pulled(
                     copy=disk.copy,
                     expected=disk.estimate,
                     sink=sink,
-                    also=with_also(earlier.union if earlier else copy.none, again.get(disk.target)),
+                    also=with_also(earlier.union, again.get(disk.target)) if earlier or disk.target in again else None,
                     delta=deltas[disk.target].append,
                     contents=contents[disk.target].append if sink else _nowhere,
-                    extra_dirty=partial(extents.clip, missed[disk.target]) if disk.target in missed else copy.none,
+                    extra_dirty=partial(extents.clip, missed[disk.target]) if disk.target in missed else None,
                 )
             )
         with fleece.reading():

@@ -45,17 +45,14 @@ class Sink:
     behind: Optional[WriteBack] = None
 
 
-def none(_low: int, _high: int) -> extents.Extents:
-    return extents.empty()
-
-
 @dataclass(frozen=True)
 class Pull:
     """One disk to read.  `bitmap` None: all that is allocated counts as dirty.
 
     `also(low, high)` gives further extents to copy (the deltas of marks since the parent), `extra_dirty(low, high)`
-    extents that count as dirty though the bitmap does not know them: they are copied and in D(j).  `delta` gets D(j) as
-    EXTENT arrays and `contents` the runs stored as CONTENT arrays, both in ascending offset.  Sizes in bytes.
+    extents that count as dirty though the bitmap does not know them: they are copied and in D(j); None: there are none.
+    `delta` gets D(j) as EXTENT arrays and `contents` the runs stored as CONTENT arrays, both in ascending offset.  Sizes
+    in bytes.
     """
 
     target: str
@@ -65,10 +62,10 @@ class Pull:
     copy: str
     expected: int
     sink: Optional[Sink]
-    also: Callable[[int, int], extents.Extents]
+    also: Optional[changes.Find]
     delta: Callable[[extents.Extents], None]
     contents: Callable[[extents.Extents], None]
-    extra_dirty: Callable[[int, int], extents.Extents] = none
+    extra_dirty: Optional[changes.Find] = None
 
 
 @dataclass(frozen=True)
@@ -135,9 +132,8 @@ class _Disk(lanes.Lane):
         self._source = source.Source(pull.target, pull.source, pull.capacity, pull.bitmap, options, alive, apart=apart)
         self._survey: Union[changes.Changes, source.Survey]
         if apart:
-            extra = None if pull.extra_dirty is none else pull.extra_dirty
-            also = None if pull.also is none or pull.copy == NOTHING else pull.also
-            self._survey = changes.Changes(self._source, self._prepare, self._unreadable, extra=extra, also=also)
+            also = pull.also if pull.copy == DIRTY else None
+            self._survey = changes.Changes(self._source, self._prepare, self._unreadable, extra=pull.extra_dirty, also=also)
         else:
             self._survey = source.Survey(self._source, WINDOW, self._learned, self._unreadable)
         self._sinks: List[client.Connection] = []
@@ -213,8 +209,10 @@ class _Disk(lanes.Lane):
         ready = self._survey.take(self._survey.whole)
         if len(ready.end):
             low, high = int(ready.start[0]), int(ready.end[-1])
-            ready = blockstatus.mark(ready, self.pull.extra_dirty(low, high))
-            self._prepare(ready, self.pull.also(low, high) if self.pull.copy == DIRTY else extents.empty())
+            if self.pull.extra_dirty:
+                ready = blockstatus.mark(ready, self.pull.extra_dirty(low, high))
+            more = self.pull.also(low, high) if self.pull.also and self.pull.copy == DIRTY else extents.empty()
+            self._prepare(ready, more)
 
     def _prepare(self, status: Status, also: extents.Extents) -> None:
         dirty = blockstatus.delta(status)
