@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Callable, Collection, Dict, Final, List, Optional, Sequence, Tuple
 
-from libvirt_cbt import errors, names
+from libvirt_cbt import errors, extents, names
 from libvirt_cbt.hypervisor import documents, domain
 from libvirt_cbt.nbdio.copy import ALL, DIRTY, NOTHING
 from libvirt_cbt.repository import doubts, manifest, store
@@ -14,6 +14,7 @@ from libvirt_cbt.repository import doubts, manifest, store
 MAX_CHAIN: Final = 60  # reading slows with depth; facts in design.md
 ASKED: Final = "asked for, with --full or by full_every of its policy"
 EXCLUDED: Final = "it was excluded by the command line"
+LARGEST_CLUSTER: Final = 2 * 1024 * 1024  # of qcow2
 MODES: Final = {ALL: "full", DIRTY: "incremental", NOTHING: "mark"}
 
 
@@ -22,7 +23,8 @@ class DiskPlan:
     """One disk in a new generation.
 
     `base` is the generation whose checkpoint the bitmap counts from, None for a disk that begins a lineage; `parent`
-    the backup whose layer lies below; `since` the parent's generation: stored deltas after it are copied too.
+    the backup whose layer lies below; `since` the parent's generation: stored deltas after it are copied too.  `was` is
+    the disk's size in bytes at the base.
     """
 
     disk: domain.Disk
@@ -30,6 +32,7 @@ class DiskPlan:
     reason: Optional[str]
     lineage: str
     base: Optional[int] = None
+    was: Optional[int] = None
     checkpoint: Optional[str] = None
     parent: Optional[names.BackupId] = None
     since: int = 0
@@ -42,6 +45,16 @@ class DiskPlan:
     @property
     def mode(self) -> str:
         return MODES[self.copy]
+
+    @property
+    def uncovered(self) -> extents.Extents:
+        """Where a disk that has grown may hold what nobody wrote since the base, and so no bitmap tells of.
+
+        A qcow2 image that shrinks inside a cluster keeps the rest of it, and growth shows it again.
+        """
+        was = self.disk.capacity if self.was is None else self.was
+        end = min(-(-was // LARGEST_CLUSTER) * LARGEST_CLUSTER, self.disk.capacity)
+        return extents.make([was], [end - was], extents.DATA) if was < end else extents.empty()
 
 
 Bitmaps = Callable[[domain.Disk], Sequence[str]]  # those that the header of a disk's image lists
@@ -133,7 +146,7 @@ def _disk(
     entry = newest.require(disk.target)
     dirty = checkpoints[newest.checkpoint or ""].disks[disk.target] or 0
     tracked = DiskPlan(
-        disk, NOTHING, None, entry.lineage, base=newest.generation, checkpoint=newest.checkpoint, estimate=dirty
+        disk, NOTHING, None, entry.lineage, newest.generation, entry.capacity, newest.checkpoint, estimate=dirty
     )
     if mark:
         return tracked

@@ -13,7 +13,7 @@ from libvirt_cbt import extents, places
 from libvirt_cbt.actions.fleecing import Fleece
 from libvirt_cbt.actions.planning import DiskPlan
 from libvirt_cbt.actions.session import Session
-from libvirt_cbt.nbdio import copy, qcow2, server, writeback
+from libvirt_cbt.nbdio import changes, copy, qcow2, server, writeback
 from libvirt_cbt.nbdio.lanes import Options
 from libvirt_cbt.repository import manifest, npy, store
 
@@ -71,7 +71,7 @@ def pulled(
                     also=with_also(earlier.union, again.get(disk.target)) if earlier or disk.target in again else None,
                     delta=deltas[disk.target].append,
                     contents=contents[disk.target].append if sink else _nowhere,
-                    extra_dirty=partial(extents.clip, missed[disk.target]) if disk.target in missed else None,
+                    extra_dirty=_untold(disk, missed.get(disk.target)),
                 )
             )
         with fleece.reading():
@@ -80,6 +80,13 @@ def pulled(
         disk.target: _finished(fleece, disk, one, deltas[disk.target], contents.get(disk.target))
         for disk, one in zip(plan.disks, counts)
     }
+
+
+def _untold(disk: DiskPlan, missed: Optional[extents.Extents]) -> Optional[changes.Find]:
+    """What counts as changed though the bitmap does not have it."""
+    if missed is None and not len(disk.uncovered):
+        return None
+    return with_also(partial(extents.clip, disk.uncovered), missed)
 
 
 def with_also(
