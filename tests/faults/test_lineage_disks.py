@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import subprocess
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Callable, Final
@@ -65,12 +64,8 @@ def _reappeared(guest: PlainGuest, target: str, end: int) -> bytes:
 
     QEMU neither zeroes nor forgets the rest of the last cluster of a qcow2 image that shrinks: growth shows it again.
     """
-    disk = guest.disks[target]
-    guest.flush(target)
-    with tempfile.NamedTemporaryFile() as found:
-        subprocess.run(["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", disk.path, found.name], check=True)
-        rest = found.read()[end : end - end % 65536 + 65536]
-    disk.model[end : end + len(rest)] = rest
+    rest = guest.read_back(target)[end : end - end % 65536 + 65536]
+    guest.disks[target].model[end : end + len(rest)] = rest
     return rest
 
 

@@ -17,6 +17,7 @@ from tests.soak.model import MENDED, NEW, Chronicle, View
 MIB: Final = plain.MIB
 RUNNING, OFF, SAVED = "running", "off", "saved"
 GROWN: Final = 5 * MIB  # no disk grows beyond
+SMALL: Final = MIB // 2  # or shrinks below
 
 
 @dataclass
@@ -132,13 +133,31 @@ class Guest(plain.PlainGuest):
     # Disks
 
     def grow(self, target: str, size: int) -> None:
-        disk = self.disk(target)
+        """What a cluster that a disk once shrank in still holds comes back: the model learns it, and it may be told of."""
+        disk, was = self.disk(target), self.disk(target).size
         if self.running:
             super().grow(target, size)
-            return
-        subprocess.run(["qemu-img", "resize", "-q", "-f", disk.fmt, disk.path, str(size)], check=True)
-        disk.model.extend(bytes(size - disk.size))
+        else:
+            self._resize_image(disk, size)
+            disk.model.extend(bytes(size - was))
+            disk.size = size
+        seam = min(-(-was // (2 * MIB)) * 2 * MIB, size)
+        disk.model[was:seam] = self.read_back(target)[was:seam]
+        self._wrote(target, was, seam - was, was, was)
+
+    def shrink(self, target: str, size: int) -> None:
+        disk = self.disk(target)
+        if self.running:
+            self.domain.blockResize(target, size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        else:
+            self._resize_image(disk, size, "--shrink")
+        del disk.model[size:]
         disk.size = size
+        for one in self.told:
+            one.shrank(disk.key, size)
+
+    def _resize_image(self, disk: Disk, size: int, *how: str) -> None:
+        subprocess.run(["qemu-img", "resize", "-q", *how, "-f", disk.fmt, disk.path, str(size)], check=True)
 
     def lost_bitmaps(self, target: str) -> bool:
         """Whether the image has bitmaps that a QEMU which died had open: qemu-img resizes it when they are gone."""

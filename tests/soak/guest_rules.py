@@ -8,7 +8,7 @@ from typing import Final, List, Optional
 import libvirt
 
 from tests.faults.lineages import METADATA
-from tests.soak.guest import GROWN, MIB, OFF, RUNNING, SAVED, Disk
+from tests.soak.guest import GROWN, MIB, OFF, RUNNING, SAVED, SMALL, Disk
 from tests.soak.model import SECTOR
 from tests.soak.rules import rule
 from tests.soak.world import World
@@ -97,16 +97,20 @@ def restart_libvirtd(world: World, rng: random.Random) -> Optional[str]:
 
 
 @rule(3)
-def grow(world: World, rng: random.Random) -> Optional[str]:
+def resize(world: World, rng: random.Random) -> Optional[str]:
     guest = world.guest
     target = rng.choice(sorted(guest.disks))
-    size = guest.disks[target].size + SECTOR * rng.choice((1, 127, 128, 640, rng.randint(1, 2000)))
-    if guest.state == SAVED or world.busy or size > GROWN or guest.disk(target).below:
+    grows = rng.random() < 0.7
+    by = SECTOR * rng.choice((1, 127, 128, 640, rng.randint(1, 2000)))
+    size = guest.disks[target].size + (by if grows else -by)
+    if guest.state == SAVED or world.busy or not SMALL <= size <= GROWN or guest.disk(target).below:
         return None
     if guest.state == OFF and guest.lost_bitmaps(target):
         return None
+    if grows and not all(one.may_grow(guest.disk(target).key) for one in guest.told):
+        return None
     try:
-        guest.grow(target, size)
+        (guest.grow if grows else guest.shrink)(target, size)
     except libvirt.libvirtError as e:
         if "is inconsistent" not in str(e):  # a bitmap that a dead QEMU had open, which the next backup removes
             raise

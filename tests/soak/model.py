@@ -83,6 +83,7 @@ class Stretch:
     def __init__(self) -> None:
         self.written: Dict[str, Written] = {}
         self.events: Dict[str, List[str]] = {}  # of tracking: NEW, EITHER or MENDED, in their order
+        self.shrunk: Set[str] = set()
 
     def write(self, key: str, offset: int, length: int, low: int, high: int) -> None:
         self.written.setdefault(key, Written()).add(offset, length, low, high)
@@ -98,6 +99,7 @@ class Stretch:
                 both.written.setdefault(key, Written()).join(written)
             for key, events in one.events.items():
                 both.events.setdefault(key, []).extend(events)
+            both.shrunk |= one.shrunk
         return both
 
     def tracking(self, key: str) -> str:
@@ -160,6 +162,17 @@ class Chronicle:
 
     def broke(self, key: str, how: str = NEW) -> None:
         self._stretches[-1].event(key, how)
+
+    def shrank(self, key: str, size: int) -> None:
+        """Tracking ends when it is smaller than in the newest generation, which a killed run may have made unseen."""
+        known = self.made[-1].disks.values() if self.made else ()
+        smaller = any(view.key == key and size < len(view.held) for view in known)
+        self.broke(key, NEW if smaller else EITHER)
+        self._stretches[-1].shrunk.add(key)
+
+    def may_grow(self, key: str) -> bool:
+        """One that shrank and grew back between two generations is beyond what any bitmap tells, as the documents say."""
+        return all(key not in stretch.shrunk for stretch in self._stretches)
 
     def moment(self, disks: Mapping[str, View]) -> Moment:
         """Now: a run that begins may make it a generation."""
