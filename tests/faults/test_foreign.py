@@ -29,6 +29,7 @@ from tests.guests.plain import MIB, Disk, PlainGuest
 from tests.libvirt.tool import Ended, Tool, models, same
 
 DISK = 24 * MIB
+AT_ONCE = 15  # seconds: libvirt waits 30 for the lock of a domain that is busy
 
 
 @pytest.fixture
@@ -99,20 +100,30 @@ def test_work_of_others_is_named_at_once_and_left_alone(
         time.sleep(1.1)
         watch = patience.Stopwatch()
         busy = tool.run("backup", guest.name)
-        assert watch.seconds() < 2
+        assert watch.seconds() < AT_ONCE
         assert (busy.code, busy.document["error"]["kind"]) == (11, "DomainBusy"), busy
         assert f"is busy with {what}" in busy.stderr
         assert " on disk " in what or re.search(r" since [0-9]+ s", busy.stderr), busy.stderr
         watch = patience.Stopwatch()
         assert tool.run("backup", guest.name, "--wait", "0.5").code == 11
-        assert watch.seconds() < 3
+        assert watch.seconds() < AT_ONCE
         _nothing_of_ours(tool, guest)
     assert tool.run("backup", guest.name, "--disk", "vda").code == 0
 
 
-@pytest.mark.slow  # now and then libvirt keeps the domain locked while it fills the pipe, and answers nobody
+class Large(PlainGuest):
+    """A guest whose save never fits into the pipes and the 1 MiB of the program with which libvirt writes it.
+
+    Of memory that nobody has touched QEMU saves 9 bytes per page: 4.5 MiB.  Of a guest of 32 MiB all fits, or all but the
+    state of its devices: the save is over for QEMU, or keeps QEMU's main loop, and either is another test.
+    """
+
+    memory_mib = 2048
+
+
 @pytest.mark.fault(8)
-def test_a_save_of_others_is_named_at_once_and_goes_on(tool: Tool, guest: PlainGuest) -> None:
+def test_a_save_of_others_is_named_at_once_and_goes_on(tool: Tool, guests: Callable[[Any], Any]) -> None:
+    guest = guests(Large(tool.host, "shared", [Disk("vda", MIB)]))
     pipe = os.path.join(_place(guest), "pipe")
     os.mkfifo(pipe)
     os.chmod(pipe, 0o666)
@@ -128,17 +139,18 @@ def test_a_save_of_others_is_named_at_once_and_goes_on(tool: Tool, guest: PlainG
     thread.start()
     try:
         _until(lambda: _type(guest) != libvirt.VIR_DOMAIN_JOB_NONE, "it did not begin")
-        time.sleep(0.5)
         watch = patience.Stopwatch()
         busy = tool.run("backup", guest.name)
-        assert watch.seconds() < 2
+        assert watch.seconds() < AT_ONCE
         assert (busy.code, busy.document["error"]["kind"]) == (11, "DomainBusy"), busy
         assert "is busy with a save since " in busy.stderr
         assert not ended.is_set()
+        assert _type(guest) in (libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.close(reader)
         thread.join(30)
+    assert ended.is_set()
 
 
 @pytest.mark.fault(8)
@@ -149,7 +161,7 @@ def test_a_qemu_that_does_not_answer_is_said_in_seconds(tool: Tool, guest: Plain
     try:
         watch = patience.Stopwatch()
         ended = tool.run("backup", guest.name, "--wait", "60")
-        assert watch.seconds() < 10
+        assert watch.seconds() < AT_ONCE
     finally:
         os.kill(pid, signal.SIGCONT)
     assert ended.code == 20, ended

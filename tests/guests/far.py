@@ -182,9 +182,10 @@ class Far(Sides):
         ]
         configuration = self._write("sshd_config", "\n".join(settings) + "\n")
         inside = ["sh", "-c", FAR, "sh", self.host.socket, self._sshd, "-D", "-e", "-f", configuration]
+        tied = ["setpriv", "--pdeathsig", "KILL", "--"]  # to this process: one that is killed leaves nobody who listens
         with open(os.path.join(self.folder, "log"), "ab") as log:
             self._process = subprocess.Popen(
-                [*self.host.enter(), *inside], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/"
+                [*tied, *self.host.enter(), *inside], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/"
             )
         deadline = time.monotonic() + START_SECONDS
         while True:

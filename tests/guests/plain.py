@@ -66,10 +66,12 @@ class Disk:
 
 
 class PlainGuest(domain.Guest):
-    """A domain of 32 MiB with any disks, defined on entry to the fixture; see `Disk` for the models.
+    """A domain with any disks, defined on entry to the fixture; see `Disk` for the models.
 
     Every write goes to QEMU as the guest's own would (and so into the dirty bitmaps), then into the model.
     """
+
+    memory_mib = 32
 
     def __init__(self, host: daemon.Daemon, name: str = "plain", disks: Sequence[Disk] = ()) -> None:
         super().__init__(host, name)
@@ -86,7 +88,7 @@ class PlainGuest(domain.Guest):
         self.disks[disk.target] = disk
 
     def xml(self) -> str:
-        tree = domain.domain_xml(self, 32, [disk.xml() for disk in self.disks.values()])
+        tree = domain.domain_xml(self, self.memory_mib, [disk.xml() for disk in self.disks.values()])
         return etree.tostring(tree, encoding="unicode")
 
     # The guest's writes.  Offsets and lengths in bytes, multiples of 512.
