@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -72,7 +73,7 @@ def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
     https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
     """
     where = os.path.join(run_dir, "layers.sock")
-    argv = _storage_daemon(where)
+    argv = [*_storage_daemon(where), *few_threads()]
     endpoints: List[Endpoint] = []
     for number, path in enumerate(paths):
         qcow2.refuse_external_data(path)
@@ -92,7 +93,7 @@ def chain(paths: Sequence[str], run_dir: str) -> Iterator[Endpoint]:
     """
     name = os.path.basename(paths[0]).partition(".")[0]
     where = os.path.join(run_dir, f"chain-{name}.sock")
-    argv = _storage_daemon(where)
+    argv = [*_storage_daemon(where), *few_threads()]
     below: Optional[str] = None
     for number, path in reversed(list(enumerate(paths))):
         qcow2.refuse_external_data(path)
@@ -165,6 +166,19 @@ def running(argv: List[str], path: str, layers: Sequence[str] = (), *, keep: Seq
 
 def _storage_daemon(path: str) -> List[str]:
     return ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={path.replace(',', ',,')}"]
+
+
+@functools.cache
+def few_threads() -> List[str]:
+    """What keeps a storage daemon that is read from at no more threads than there are processors for them.
+
+    QEMU starts a thread for each request, up to 64.  They read a file in the order in which they are woken: the kernel
+    takes it for random access and reads nothing ahead.  Before QEMU 7.1 they could not be told.
+    """
+    if "thread-pool-max" not in tools.run(["qemu-storage-daemon", "--object", "main-loop,help"]):
+        return []
+    most = max(1, len(os.sched_getaffinity(0)) - 1)  # one is for the client, or for the daemon's main loop
+    return ["--object", f"main-loop,id=main,thread-pool-max={most}"]
 
 
 def _dying_with(parent: int) -> List[str]:

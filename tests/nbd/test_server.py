@@ -78,6 +78,20 @@ def test_an_export_of_many_layers_is_there_when_the_context_begins(folder: str) 
             run("nbdinfo", "--size", f"nbd+unix:///layer29?socket={endpoints[-1].socket}")
 
 
+def test_a_daemon_that_is_read_from_has_no_more_threads_than_processors(folder: str) -> None:
+    """Many would read a file out of order, and the kernel would read nothing ahead."""
+    if not server.few_threads():
+        pytest.skip("this QEMU cannot be told")
+    path, before = os.path.join(folder, "vda.qcow2"), set(children())
+    qcow2.create_layer(path, 16 * MIB, backing=None, compress=True)
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 16M", path)
+    with server.layers([path], folder) as [endpoint]:
+        run("nbdcopy", "--requests=64", f"nbd+unix:///{endpoint.export}?socket={endpoint.socket}", "null:")
+        [pid] = set(children()) - before
+        threads = len(os.listdir(f"/proc/{pid}/task"))  # the idle ones stay for ten seconds
+    assert threads <= 2 + max(1, len(os.sched_getaffinity(0)) - 1)  # the main loop and RCU are QEMU's own
+
+
 def shows(endpoint: server.Endpoint, folder: str) -> bytes:
     uri = f"nbd+unix:///{endpoint.export}?socket={quote(endpoint.socket)}"
     run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, f"{folder}/shown.raw")
