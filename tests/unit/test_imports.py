@@ -54,3 +54,17 @@ def test_numpy_starts_no_threads_and_pydantic_looks_for_no_plugins() -> None:
     clean: Dict[str, str] = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS", "PYDANTIC"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
     assert done.stdout.split()[-2:] == ["1", "__all__"]
+
+
+def test_of_the_results_only_those_are_made_that_are_used() -> None:
+    code = "import sys; from libvirt_cbt.actions import results; results.Backup; "
+    code += "print(sorted(n.rpartition('.')[2] for n in sys.modules if n.startswith('libvirt_cbt.actions.results.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['generations']"
+
+
+def test_every_result_is_where_it_is_looked_for() -> None:
+    from libvirt_cbt.actions import results
+
+    assert {type(getattr(results, name)) for name in results.__all__} == {type}
+    assert not hasattr(results, "generation")
