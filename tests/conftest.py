@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 from typing import Any, Callable, Generator, Iterator, List, Tuple
 
@@ -11,6 +12,12 @@ import pytest
 
 # No test depends on what this machine's configuration says.
 os.environ["LIBVIRT_CBT_CONFIG"] = os.devnull
+
+# What is ignored here is ignored by the commands, too, and those that a test signals would go on: nohup ignores SIGHUP, a
+# shell SIGINT for what it runs in the background.  A handler is not passed on.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # Rooms of tests that need real programs: there a skip in CI hides that nothing was tested.
 REAL = ("libvirt", "nbd", "faults", "soak", "remote")

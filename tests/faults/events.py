@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import threading
 import time
 from typing import List
+
+import libvirt
 
 from tests.guests import domain
 
@@ -43,3 +46,38 @@ class Events:
         """Those that mean the guest stood still or lost a write."""
         time.sleep(0.1)
         return [line for line in self.seen() if "Suspended" in line or "io-error" in line]
+
+
+def has_job(guest: domain.Guest) -> bool:
+    return bool(guest.domain.jobStats().get("type", 0) != libvirt.VIR_DOMAIN_JOB_NONE)
+
+
+class Gone:
+    """Whether the guest's job has ended, found out beside the writes so that they are as fast as can be.
+
+    The copy is held meanwhile: however fast the machine is, it does not end before.
+    """
+
+    def __init__(self, guest: domain.Guest) -> None:
+        self._guest, self._gone, self._left = guest, threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._left.wait(0.02):
+            if not has_job(self._guest):
+                self._gone.set()
+                return
+
+    def __call__(self) -> bool:
+        return self._gone.is_set()
+
+    def within(self, seconds: float) -> bool:
+        return self._gone.wait(seconds)
+
+    def __enter__(self) -> Gone:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join()

@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from typing import IO, Dict, List, Optional, Sequence
 
@@ -20,7 +19,6 @@ from tests.guests import domain
 from tests.libvirt.tool import Ended, Tool
 
 START_SECONDS = 30.0
-ROUND_SECONDS = 0.05
 
 
 def children(pid: int) -> Dict[int, str]:
@@ -38,8 +36,8 @@ def children(pid: int) -> Dict[int, str]:
 class Held:
     """One backup; held when `__enter__` returns, and let go on at the end.
 
-    The guest needs some 16 MiB of random data to copy, or it may end before.  With `slice_seconds` it is not held but
-    slow: its writer runs for so long in every 50 ms.  `argv` replaces the command.
+    The guest needs some 16 MiB of random data to copy, or it may end before.  `argv` replaces the
+    command.
     """
 
     def __init__(
@@ -47,15 +45,11 @@ class Held:
         tool: Tool,
         guest: domain.Guest,
         *arguments: str,
-        slice_seconds: float = 0.0,
         argv: Optional[Sequence[str]] = None,
     ) -> None:
         self.tool, self.guest = tool, guest
         self._argv = list(argv) if argv else tool.argv("backup", guest.name, *arguments)
-        self._slice = slice_seconds
         self._writers: List[int] = []
-        self._released = threading.Event()
-        self._thread: Optional[threading.Thread] = None
         self._out: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- closed at exit
         self._err: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
 
@@ -88,9 +82,6 @@ class Held:
     def guardian(self) -> int:
         return next(pid for pid, words in children(self.pid).items() if "guardian" in words)
 
-    def over(self) -> bool:
-        return self.process.poll() is not None
-
     def _hold(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while self._written() < 1024 * 1024:
@@ -100,9 +91,6 @@ class Held:
         self._writers = [pid for pid, words in children(self.pid).items() if "sink-" in words]
         self._signal(signal.SIGSTOP)
         assert self._writers, f"it copied to its end before it could be held: {self._said()}"
-        if self._slice:
-            self._thread = threading.Thread(target=self._dribble)
-            self._thread.start()
 
     def _written(self) -> int:
         staging = os.path.join(self.tool.repository, self.guest.uuid, "staging")
@@ -113,12 +101,6 @@ class Held:
                         return os.path.getsize(os.path.join(staging, run, name))
         return 0
 
-    def _dribble(self) -> None:
-        while not self._released.wait(ROUND_SECONDS):
-            self._signal(signal.SIGCONT)
-            time.sleep(self._slice)
-            self._signal(signal.SIGSTOP)
-
     def _signal(self, number: signal.Signals) -> None:
         mine = children(self.pid)
         for pid in self._writers:
@@ -128,10 +110,6 @@ class Held:
 
     def release(self) -> None:
         """It goes on at full speed."""
-        self._released.set()
-        if self._thread:
-            self._thread.join()
-            self._thread = None
         self._signal(signal.SIGCONT)
 
     def copied(self, seconds: float = 30.0) -> None:

@@ -84,7 +84,7 @@ def test_an_honest_agent_is_believed(tool: Tool, pair: Pair) -> None:
     guest, agent = pair
     assert quiesced(tool, guest) == ("frozen", "")
     assert (agent.freezes, agent.thaws) == (1, 1)
-    until(lambda: not guards(guest.uuid), 5, "the guard process stays")
+    until(lambda: not guards(guest.uuid), 30, "the guard process stays")
 
 
 @pytest.mark.fault(23)

@@ -65,7 +65,7 @@ def _generations(tool: Tool, guest: Any) -> int:
     return 0 if listed.code == 10 else len(listed.result["generations"])
 
 
-def _no_job(guest: PlainGuest, seconds: float = 5.0) -> float:
+def _no_job(guest: PlainGuest, seconds: float = 60.0) -> float:
     """Waits until the guest has no job; seconds."""
     watch = patience.Stopwatch()
     while guest.domain.jobStats().get("type", 0) != libvirt.VIR_DOMAIN_JOB_NONE:
@@ -249,7 +249,7 @@ def test_a_daemon_that_stays_away_leaves_a_job_that_is_named_and_then_ended(
         tool.host.kill()
         watch = patience.Stopwatch()
         ended = held.ended()
-        assert watch.seconds() < 8
+        assert watch.seconds() < 20  # 30 with all of its patience
     assert (ended.code, ended.document["error"]["kind"]) == (20, "NoHypervisor"), ended
     assert f"may still run, `libvirt-cbt recover {guest.name}`" in ended.stderr
     assert os.path.exists(f"/proc/{guardian}")

@@ -128,7 +128,7 @@ class SystemGuest(domain.Guest):
         assert target is not None
         return target.get("state", "disconnected")
 
-    def wait_for_agent_state(self, state: str, seconds: float = 10) -> None:
+    def wait_for_agent_state(self, state: str, seconds: float = 60) -> None:
         self._wait(lambda: self.agent_state == state, seconds, f"has an agent that is not {state}")
 
     def untouched(self) -> bool:
@@ -152,7 +152,7 @@ class SystemGuest(domain.Guest):
         command = json.dumps({"execute": execute, "arguments": arguments} if arguments else {"execute": execute})
         return json.loads(libvirt_qemu.qemuAgentCommand(self.domain, command, seconds, 0))["return"]
 
-    def run(self, *argv: str, stdin: bytes = b"", seconds: float = 30) -> bytes:
+    def run(self, *argv: str, stdin: bytes = b"", seconds: float = 120) -> bytes:
         """Standard output of a command inside the guest; `stdin` up to STDIN_BYTES.  Errors: ExecFailed with its stderr."""
         assert len(stdin) <= STDIN_BYTES, "more than the agent takes in one message"
         arguments: Dict[str, Any] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
@@ -171,7 +171,7 @@ class SystemGuest(domain.Guest):
             raise ExecFailed(f"{' '.join(argv)}: {reason or status}")
         return base64.b64decode(status.get("out-data", ""))
 
-    def shell(self, script: str, *, stdin: bytes = b"", seconds: float = 30) -> str:
+    def shell(self, script: str, *, stdin: bytes = b"", seconds: float = 120) -> str:
         """Standard output of a line of shell inside the guest."""
         return self.run("/bin/sh", "-c", script, stdin=stdin, seconds=seconds).decode()
 

@@ -322,7 +322,7 @@ def test_a_signal_ends_the_run_cleanly(
     process = tool.start("backup", guest.name)
     _job_began(guest)
     process.send_signal(number)
-    assert process.wait(30) == 128 + number
+    assert process.wait(60) == 128 + number
     tool.nothing_left(guest, checkpoints=0)
 
 
@@ -353,7 +353,7 @@ def test_a_destroyed_guest_is_a_lost_source(tool: Tool, guest: PlainGuest, rng: 
     process = tool.start("backup", guest.name)
     _job_began(guest)
     guest.destroy()
-    assert process.wait(30) in (13, 20)
+    assert process.wait(60) in (13, 20)
     guest.start()
     tool.backup(guest)
     tool.nothing_left(guest)

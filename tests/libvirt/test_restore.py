@@ -167,7 +167,7 @@ def nbdkit(folder: Path, size: int, *arguments: str) -> Iterator[str]:
             yield f"nbd+unix:///?socket={path}"
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
             if os.path.exists(path):
                 os.unlink(path)
 

@@ -46,7 +46,7 @@ class Process:
 
     def ended(self) -> Tuple[int, str, str]:
         """Exit code, what else came on stdout, stderr."""
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=60)
         assert "Traceback" not in err, err
         return self.process.returncode, out, err
 
@@ -222,18 +222,18 @@ def test_its_text_and_its_ends(tool: Tool, guest: PlainGuest, place: str) -> Non
         lines = [process.stdout.readline() for _ in range(4)]
         assert lines[0].startswith("serving plain generation 1") and f"vda?socket={place}/s" in lines[2]
         process.send_signal(signal.SIGINT)
-        assert (process.wait(20), os.listdir(place)) == (0, [])
+        assert (process.wait(60), os.listdir(place)) == (0, [])
     # A whole service is ended at once, the server too.
     with started(tool, [*argv[:3], "--json", *argv[3:]]) as process:
         assert process.stdout and json.loads(process.stdout.readline())["results"]
         for pid in [_server(process.pid), process.pid]:
             os.kill(pid, signal.SIGTERM)
-        assert (process.wait(20), os.listdir(place)) == (0, [])
+        assert (process.wait(60), os.listdir(place)) == (0, [])
     # The server ends by itself.
     with started(tool, [*argv[:3], "--json", *argv[3:]]) as process:
         assert process.stdout and json.loads(process.stdout.readline())["results"]
         os.kill(_server(process.pid), signal.SIGKILL)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (20, "") and "qemu-storage-daemon" in err and "Traceback" not in err
     assert os.listdir(place) == []
     # The tool is killed.

@@ -214,7 +214,7 @@ def test_a_server_that_went_is_not_waited_for(bench: Bench, monkeypatch: pytest.
     watch = patience.Stopwatch()
     with pytest.raises(errors.SourceLost):
         bench.pull([MIB], then=GO_AWAY, reconnects=100)
-    assert watch.seconds() < 2
+    assert watch.seconds() < 30  # three minutes of pauses
 
 
 def test_a_socket_that_nobody_listens_on(bench: Bench) -> None:
@@ -229,7 +229,7 @@ def test_a_socket_that_nobody_listens_on(bench: Bench) -> None:
     watch = patience.Stopwatch()
     with pytest.raises(errors.SourceLost):
         bench.pull([MIB], alive=dead, reconnects=100)
-    assert watch.seconds() < 2
+    assert watch.seconds() < 30
 
 
 @pytest.mark.parametrize("other", ["size", "bitmap", "export"])
@@ -274,7 +274,8 @@ def test_the_lost_handle_is_freed_before_the_next_one_is_made(bench: Bench) -> N
 
 
 def test_stop_ends_the_pause(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "FIRST_PAUSE", 2.0)
+    monkeypatch.setattr(source, "FIRST_PAUSE", 60.0)
+    monkeypatch.setattr(source, "LONGEST_PAUSE", 60.0)
     watch = patience.Stopwatch()
 
     def stop() -> None:
@@ -283,21 +284,23 @@ def test_stop_ends_the_pause(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> N
 
     with pytest.raises(ZeroDivisionError):
         bench.pull([MIB], stop=stop)
-    assert watch.seconds() < 1.5
+    assert watch.seconds() < 30
 
 
 def test_a_new_connection_that_hangs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A handshake that stalls is given up once, not three times: other disks wait meanwhile."""
     monkeypatch.setattr(client, "CONNECT_SECONDS", 0.5)
 
+    tries: List[float] = []
+
     def hang() -> bool:
+        tries.append(time.monotonic())
         bench.wire.stall()
         return True
 
-    watch = patience.Stopwatch()
     with pytest.raises(errors.SourceLost):
         bench.pull([MIB], alive=hang)
-    assert watch.wall() > 0.5 and watch.seconds() < 2
+    assert len(tries) == 1 and time.monotonic() - tries[0] > 0.4
 
 
 def test_a_stall_is_no_cut(bench: Bench) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import libvirt
 import pytest
 
-from tests.faults.events import Events
+from tests.faults.events import Events, Gone
 from tests.faults.held import Held, children
 from tests.guests import fake_agent, system
 from tests.guests.far import Far
@@ -152,9 +152,9 @@ def test_room_runs_out_there(
     tool.backup(guest)
     small(16)
     guest.write_bytes("vda", 0, rng.randbytes(SIZE))
-    with Events(guest) as events, Held(tool, guest, slice_seconds=0.002) as held:
+    with Events(guest) as events, Held(tool, guest) as held, Gone(guest) as gone:
         place = 0
-        while not held.over():
+        while not gone():
             guest.write("vda", place % (SIZE // MIB) * MIB, MIB, 1 + place % 255)
             place += 1
         ended = held.ended()

@@ -15,7 +15,7 @@ from typing import Callable, Iterator, List
 import libvirt
 import pytest
 
-from tests.faults.events import Events
+from tests.faults.events import Events, Gone
 from tests.faults.held import Held
 from tests.guests import far, proxy, tls
 from tests.guests.plain import MIB, Disk, PlainGuest
@@ -363,9 +363,9 @@ def test_room_runs_out_there(
     with small_scratch(tls_far.host) as small:
         small(16)
         full.write_bytes("vda", 0, rng.randbytes(SIZE))
-        with Events(full) as events, Held(tls_tool, full, slice_seconds=0.002) as held:
+        with Events(full) as events, Held(tls_tool, full) as held, Gone(full) as gone:
             place = 0
-            while not held.over():
+            while not gone():
                 full.write("vda", place % (SIZE // MIB) * MIB, MIB, 1 + place % 255)
                 place += 1
             ended = held.ended()
