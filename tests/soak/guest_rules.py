@@ -136,7 +136,9 @@ def plug(world: World, rng: random.Random) -> Optional[str]:
     size = SECTOR * rng.randint(1, 3 * MIB // SECTOR)
     fmt = "raw" if rng.random() < 0.2 else "qcow2"
     options = (rng.choice(CLUSTERS),) if fmt == "qcow2" else ()
-    guest.attach(Disk(target, size, fmt, options))
+    new = Disk(target, size, fmt, options, path=guest.new_path(target, "new"))  # one that was unplugged has the usual one
+    new.create()
+    guest.attach(new)
     return f"{fmt} {target} {size} {''.join(options)}"
 
 
