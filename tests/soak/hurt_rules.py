@@ -13,7 +13,7 @@ from tests.faults.test_scratch import AMPLE
 from tests.soak import calls, tool_rules
 from tests.soak.calls import Ended, Trouble
 from tests.soak.guest import RUNNING
-from tests.soak.model import SECTOR, Chronicle, Made, Moment, Point, layered, require
+from tests.soak.model import EITHER, SECTOR, Chronicle, Made, Moment, Point, layered, require
 from tests.soak.rules import rule
 from tests.soak.world import World
 
@@ -114,6 +114,8 @@ def kill_tool(world: World, rng: random.Random) -> Optional[str]:
     if everyone:
         for one in world.chronicles:  # their guards have died, too
             one.killed = True
+        if not world.guest.running:
+            world.guest.broke(world.guest.disks, EITHER)  # a qemu-img that dies with an image open does not save its bitmaps
     require(ended.code in (0, -signal.SIGKILL) or expected(world, chronicle, words, ended, busy=busy), "it failed", ended)
     return ("all of " if everyone else "") + _tell(chronicle, words, ended, made)
 
