@@ -90,6 +90,15 @@ class Host:
             return refusals.of(where, str(error.get_error_message() or error))
         return errors.NoHypervisor(uri=names.without_password(asked), reason=message(error))
 
+    def another(self) -> Host:
+        """A connection beside this one, for a thread whose calls must not wait for those of others.
+
+        libvirt has the thread that waits for an answer send what the others ask, too.  Before 10.0 it does not always
+        wake that thread for it: then the next keepalive does, 5 s later in one of 15 calls that were measured
+        (src/rpc/virnetclient.c, virNetClientIO).  Errors: NoHypervisor.
+        """
+        return Host(self.address, self._listening)
+
     def close(self) -> None:
         self._disconnect()
         if self._site:

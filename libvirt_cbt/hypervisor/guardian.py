@@ -39,6 +39,7 @@ class Guardian:
 
     def __init__(self, host: connection.Host, uuid: names.DomainUuid) -> None:
         self._host, self._uuid = host, uuid
+        self._asks = host  # for what must not wait for an agent that does not answer the nurse
         self._pending = b""
         self._deadline: Optional[float] = None  # of the frozen guest
         self._nurse: Optional[threading.Thread] = None
@@ -68,6 +69,8 @@ class Guardian:
             self._nurse.join()
         if self._lookout:
             self._lookout.release()
+        if self._asks is not self._host:
+            self._asks.close()
 
     # What the tool says
 
@@ -127,7 +130,7 @@ class Guardian:
             self._leave_to_tool(self._socket)
             self._finish(0.0)
             if not self._stopped:
-                pace.go_on(self._host, self._uuid, GO_ON_SECONDS)
+                pace.go_on(self._asks, self._uuid, GO_ON_SECONDS)
 
     def _watch(self, socket: str, directory: str, reserve: int, speed: int) -> None:
         self._socket, self._directory, self._reserve = socket, directory, reserve
@@ -189,7 +192,7 @@ class Guardian:
         end = time.monotonic() + HANG_UP_SECONDS
         try:
             while seen and not self._stays and time.monotonic() < end and scratch.room(self._directory) >= self._reserve // 2:
-                if not job.exporting(self._host, self._uuid, socket):
+                if not job.exporting(self._asks, self._uuid, socket):
                     return
                 time.sleep(PAUSES[0] / 20)
         except (OSError, errors.CbtError):
@@ -204,7 +207,7 @@ class Guardian:
             return
         self._end(socket, settle)
         try:
-            pace.restore(self._host, self._uuid, pace.group(socket))
+            pace.restore(self._asks, self._uuid, pace.group(socket))
         except errors.CbtError:
             pass  # the guest is undefined, or the tool and `recover` look again
 
@@ -213,7 +216,7 @@ class Guardian:
         begun, pause = time.monotonic(), PAUSES[0]
         while time.monotonic() - begun < GIVE_UP_SECONDS:
             try:
-                if job.end(self._host, self._uuid, socket) or time.monotonic() - begun >= settle:
+                if job.end(self._asks, self._uuid, socket) or time.monotonic() - begun >= settle:
                     return
                 time.sleep(PAUSES[0])
             except errors.CbtError:
@@ -226,6 +229,11 @@ class Guardian:
             patience = (quiesce.NURSE_SECONDS, AFTERMATH_SECONDS)
             self._nurse = threading.Thread(target=quiesce.nurse, args=(self._host, self._uuid, *patience))
             self._nurse.start()
+            if self._asks is self._host:
+                try:
+                    self._asks = self._host.another()
+                except errors.CbtError:
+                    pass  # libvirt is away; then this one serves both
 
     def _orphaned(self) -> None:
         """The tool is dead: thaw, and end the job unless it is meant to stay."""
@@ -249,7 +257,7 @@ class Guardian:
                 try:
                     if self._where:
                         self._host.site.reach(self._where)  # mends the way when it was cut
-                    if self._socket and not job.exporting(self._host, self._uuid, self._socket):
+                    if self._socket and not job.exporting(self._asks, self._uuid, self._socket):
                         self._finish(0.0)
                 except errors.CbtError:
                     # The daemon is away; the guest goes on to write, and the room is still to be minded, while there is one.

@@ -12,7 +12,7 @@ from typing import Any, Dict, List
 import pytest
 
 from libvirt_cbt import errors, names
-from libvirt_cbt.hypervisor import guardian, job, pace, scratch
+from libvirt_cbt.hypervisor import guardian, job, pace, quiesce, scratch
 
 UUID = names.domain_uuid("9999a938-2dfd-4056-963e-b2b3b4727f5a")
 WATCH: Dict[str, Any] = {"do": "watch", "socket": "/run/x", "directory": "/scratch", "reserve": 1, "speed": 0}
@@ -48,6 +48,48 @@ def _noted(into: List[threading.Thread], start: Any) -> Any:
         start(thread)
 
     return noting
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_job_is_ended_beside_an_agent_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, *, away: bool) -> None:
+    """By another connection: on one libvirt before 10.0 may send what is asked only when the agent was given up."""
+    asked: Dict[str, Any] = {}
+    begun, answered = threading.Event(), threading.Event()
+
+    def nurse(host: Any, *_: object) -> None:
+        asked["thaw"] = host
+        begun.set()
+        assert answered.wait(30)
+
+    def end(host: Any, *_: object) -> bool:
+        asked["end"] = host
+        return True
+
+    def another() -> Any:
+        if away:
+            raise errors.NoHypervisor(uri="x", reason="away")
+        return beside
+
+    monkeypatch.setattr(quiesce, "nurse", nurse)
+    monkeypatch.setattr(job, "end", end)
+    monkeypatch.setattr(pace, "stopped", lambda *_: False)
+    monkeypatch.setattr(pace, "restore", lambda *_: None)
+    closed: List[str] = []
+    beside = SimpleNamespace(close=lambda: closed.append("beside"))
+    site = SimpleNamespace(lookout=lambda _: None, room=lambda _: 1 << 30)
+    host: Any = SimpleNamespace(site=site, another=another)
+    made = guardian.Guardian(host, UUID)
+    made._do(WATCH)
+    made._do({"do": "nurse"})
+    assert begun.wait(30)
+    made._do({"do": "release"})
+    try:
+        made._finish(0.0)
+        assert asked == {"thaw": host, "end": host if away else beside}
+    finally:
+        answered.set()
+    made.run()
+    assert closed == ([] if away else ["beside"])
 
 
 @pytest.mark.parametrize(("room", "used", "asked"), [
