@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Callable, Final, Iterator, List, Optional
+from typing import Callable, Final, Iterable, Iterator, List, Optional
 
 import numpy as np
 
@@ -96,8 +96,9 @@ def move(
     capacity: int,
     *,
     bare: bool = False,
+    first: Iterable[merge.Batch] = (),
 ) -> merge.Moved:
-    """Reads one backup's layer alone, and writes another, which is in whole grains meanwhile."""
+    """Reads one backup's layer alone, and writes another, which is in whole grains meanwhile; `first` goes first."""
     watch, total = disk.session.watch, on_disk(disk.path(source))
     with ExitStack() as stack:
         run_dir = stack.enter_context(places.temporary())
@@ -120,6 +121,7 @@ def move(
             progress=lambda done: watch.progress(disk.target, done, max(done, total)),
             stop=watch.stop,
             bare=bare,
+            first=first,
         )
 
 

@@ -90,17 +90,13 @@ def _make_room(disk: Disk, lower: str, upper: str) -> None:
     _hide(disk, lower, upper, disk.capacity(upper))
     with disk.contents(lower) as left:
         size = reshape.virtual_size(disk.path(lower))
-        nothing = merging.without(left, size)
-        carrying.move(
-            disk,
-            lower,
-            disk.path(lower),
-            (merge.Batch(carrying.moves(p), carrying.NO_ROWS) for p in nothing),
-            carrying.ignored,
-            size,
-            bare=True,
-        )
+        carrying.move(disk, lower, disk.path(lower), _nothing(left, size), carrying.ignored, size, bare=True)
         reshape.cut(disk.path(lower), size)
+
+
+def _nothing(left: npy.Reader, size: int) -> Iterator[merge.Batch]:
+    """Zeroes over all that a layer holds beside its contents."""
+    return (merge.Batch(carrying.moves(p), carrying.NO_ROWS) for p in merging.without(left, size))
 
 
 class _Lacking:
@@ -138,15 +134,17 @@ def into_oldest(disk: Disk, lower: str, upper: str) -> int:
                 _make_room(disk, lower, upper)
             if not carrying.room_for(disk, needed):
                 raise carrying.no_room(disk, lower, needed)
-        if not disk.on_its_way(lower) or _hidden(disk, lower, upper, capacity):
+        if fresh := not disk.on_its_way(lower) or _hidden(disk, lower, upper, capacity):
             _hide(disk, lower, upper, capacity)
         with ExitStack() as stack:
             rest, above = (stack.enter_context(disk.contents(b)) for b in (lower, upper))
             rows = stack.enter_context(disk.written(upper))
             if not _one(layer, disk.path(upper)):
-                moved = carrying.move(
-                    disk, upper, layer, carrying.as_they_are(above), carrying.ignored, capacity, bare=True
-                )
+                # All that is hidden goes before anything is written: by turns QEMU would write its tables at each turn.
+                # What an earlier try has written stays.
+                hidden = _nothing(rest, capacity) if fresh else ()
+                every = carrying.as_they_are(above)
+                moved = carrying.move(disk, upper, layer, every, carrying.ignored, capacity, bare=True, first=hidden)
                 reshape.cut(layer, capacity)
             for window in merging.windows(rest, above, capacity):
                 rows.append(window.united())

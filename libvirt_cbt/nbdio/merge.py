@@ -19,7 +19,7 @@ import os
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Callable, Deque, Dict, Final, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Deque, Dict, Final, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,10 @@ from libvirt_cbt.nbdio.server import Endpoint
 ALLOCATION: Final = "qemu:allocation-depth"  # 0: no cluster, for the layer is opened alone
 STEP: Final = 1 << 30  # bytes of one question for block status
 BATCHES: Final = 4  # on their way at once
+# A table is written in slices of 4 KiB, not whole, for each time that something in it has changed; and what is known of
+# the file's clusters, 64 KiB for each 2 GiB of it, is not written early for want of room.
+# https://www.qemu.org/docs/master/interop/qcow2.html, docs/qcow2-cache.txt of QEMU's sources.
+TABLES: Final = {"l2-cache-entry-size": 4096, "refcount-cache-size": 16 << 20}
 
 Held = npt.NDArray[np.bool_]
 
@@ -82,7 +86,7 @@ def output(layer: str, run_dir: str) -> Iterator[Output]:
     qcow2.refuse_external_data(layer)
     name = os.path.basename(layer).partition(".")[0]
     file = {"driver": "file", "filename": layer, "discard": "unmap"}
-    node = {"driver": "qcow2", "backing": None, "discard": "unmap", "file": file}
+    node = {"driver": "qcow2", "backing": None, "discard": "unmap", "file": file, **TABLES}
     opened = {"driver": "compress", "discard": "unmap", "file": node}
     path = os.path.join(run_dir, f"merge-{name}.sock")
     argv = ["qemu-nbd", "--persistent", "--shared=8", "--cache=writeback", "--discard=unmap", "--export-name=layer"]
@@ -103,16 +107,18 @@ def move(
     progress: Callable[[int], None],
     stop: Callable[[], None],
     bare: bool = False,
+    first: Iterable[Batch] = (),
 ) -> Moved:
     """Carries every piece over; `stored` gets the rows of the pieces and those of the batches in ascending offset.
 
     Without a `sink` the runs are only read, and their pieces get digests of their own.  When it returns all is flushed
     and every connection is closed.  `bare`: the layer has none below, so only what it has itself needs zeroes over it.
+    All of `first` is done before the rest begins.
     `damaged` is told of a run that cannot be read or has another digest, and raises.
     Errors: RepositoryFull, RepositoryError, NbdError, SourceStalled; what `damaged` and `stop` raise.
     """
     with ExitStack() as stack:
-        lane = _Merge(target, source, sink, batches, options, stored, damaged, progress, bare=bare)
+        lane = _Merge(target, source, sink, [iter(first), batches], options, stored, damaged, progress, bare=bare)
         stack.callback(lanes.close, [lane])
         lane.open(stop)
         lanes.run([lane], stop)
@@ -143,7 +149,7 @@ class _Merge(lanes.Lane):
         target: str,
         source: Endpoint,
         sink: Optional[Output],
-        batches: Iterator[Batch],
+        rounds: Sequence[Iterator[Batch]],
         options: Options,
         stored: Callable[[extents.Extents], None],
         damaged: Callable[[Move, str], None],
@@ -152,7 +158,7 @@ class _Merge(lanes.Lane):
         bare: bool,
     ) -> None:
         super().__init__(target, options)
-        self._endpoint, self._output, self._batches = source, sink, batches
+        self._endpoint, self._output, self._rounds = source, sink, deque(rounds)
         self._stored, self._damaged, self._progress, self._bare = stored, damaged, progress, bare
         self._source: Optional[client.Connection] = None
         self._sink: Optional[client.Connection] = None
@@ -160,7 +166,7 @@ class _Merge(lanes.Lane):
         self._surveyed = 0
         self._asked = False
         self._open: Deque[_Open] = deque()
-        self._exhausted = self._flushed = False
+        self._flushed = False
         self._read = self._data = self._zero = self._same = 0
 
     def open(self, stop: Callable[[], None]) -> None:
@@ -195,23 +201,27 @@ class _Merge(lanes.Lane):
             batch = next((b for b in self._open if b.moves), None)
             if batch:
                 self._submit(batch, batch.moves.popleft())
-            elif self._exhausted or len(self._open) >= BATCHES:
+            elif not self._next():
                 break
-            else:
-                self._next()
-        if self._exhausted and not self._open and not self.busy and not self._flushed:
+        if not self._rounds and not self.busy and not self._flushed:
             self._flushed = True
             if self._sink:
                 self.busy += 1
                 self._sink.flush(self._answered)
 
-    def _next(self) -> None:
-        batch = next(self._batches, None)
-        if batch is None:
-            self._exhausted = True
-        else:
+    def _next(self) -> bool:
+        """Opens another batch; whether there was one, or a round has ended."""
+        if not self._rounds or len(self._open) >= BATCHES:
+            return False
+        batch = next(self._rounds[0], None)
+        if batch:
             self._open.append(_Open(deque(batch.moves), batch.rows, len(batch.moves)))
             self._hand_on()
+        elif self._open:
+            return False
+        else:
+            self._rounds.popleft()
+        return True
 
     def _hand_on(self) -> None:
         while self._open and not self._open[0].left:
@@ -346,6 +356,7 @@ class _Merge(lanes.Lane):
                 return
             offset, length = parts.pop(0)
             self._zero += length
+            self._held[offset // extents.GRAIN : -(-(offset + length) // extents.GRAIN)] = False
             assert self._sink is not None
             self._sink.zero(length, offset, self._judged(following))
 

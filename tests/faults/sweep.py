@@ -140,8 +140,9 @@ def sample(points: Sequence[Tuple[str, Point]], number: int, rng: random.Random)
     for name, kind in rng.sample(kinds, min(number, len(kinds))):
         chosen.append((name, rng.choice([p for n, p in points if n == name and p.kind == kind])))
     rest = [one for one in points if one not in chosen]
+    order = [*COMMANDS, *pruning.SHAPES]
     return sorted(
-        chosen + rng.sample(rest, min(number - len(chosen), len(rest))), key=lambda c: list(COMMANDS).index(c[0])
+        chosen + rng.sample(rest, min(number - len(chosen), len(rest))), key=lambda c: order.index(c[0])
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from libvirt_cbt import errors
 from libvirt_cbt.repository import pins
-from tests.faults import tracer
+from tests.faults import sweep, tracer
 from tests.faults.pruning import SHAPES, Killing, killing
 from tests.faults.tracer import Point
 from tests.nbd.histories import drain
@@ -45,6 +45,13 @@ def _sampled(points: List[Point], rng: random.Random) -> List[Point]:
     kinds = rng.sample(sorted({point.kind for point in points}), SAMPLE - 2)
     chosen = [rng.choice([one for one in points if one.kind == kind]) for kind in kinds]
     return chosen + rng.sample(points, SAMPLE - len(chosen))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_sample_of_a_sweep_may_be_of_prunes(name: str, rng: random.Random) -> None:
+    points = [(name, Point("write", number)) for number in range(1, 30)] + [(name, Point("rename", 1))]
+    drawn = sweep.sample(points, 5, rng)
+    assert len(set(drawn)) == 5 and set(drawn) < set(points)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import random
 import subprocess
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import libvirt_cbt
 from libvirt_cbt import names
@@ -239,10 +239,23 @@ def dense(rng: random.Random, length: int) -> bytes:
     return rng.randbytes(length)
 
 
-def fill(history: History, rng: random.Random, target: str, offset: int, length: int) -> None:
+def thin(rng: random.Random, length: int) -> bytes:
+    """Text, which compresses to a few percent."""
+    lines = (b"%d rows of table %x were written\n" % (rng.randrange(9999), rng.getrandbits(16)) for _ in range(length // 30))
+    return b"".join(lines).ljust(length, b"\n")[:length]
+
+
+def fill(
+    history: History,
+    rng: random.Random,
+    target: str,
+    offset: int,
+    length: int,
+    content: Callable[[random.Random, int], bytes] = dense,
+) -> None:
     disk = history.disks[target]
     raw = os.path.join(history.folder, "fill.raw")
-    Path(raw).write_bytes(dense(rng, length))
+    Path(raw).write_bytes(content(rng, length))
     run("qemu-io", "-f", "qcow2", "-c", f"write -q -s {raw} {offset} {length}", disk.path)
     disk.model[offset : offset + length] = Path(raw).read_bytes()
 

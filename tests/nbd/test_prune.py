@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Tuple, Type
 
 import pytest
 
@@ -21,7 +21,7 @@ import libvirt_cbt
 from libvirt_cbt import errors
 from libvirt_cbt.repository import pins
 from tests.nbd.conftest import MIB, run
-from tests.nbd.histories import History, drain, fill, flood, tmpfs
+from tests.nbd.histories import History, dense, drain, fill, flood, thin, tmpfs
 from tests.unit import repository_samples as samples
 
 
@@ -114,28 +114,31 @@ def test_the_cost_follows_what_is_merged(folder: str, rng: random.Random, compre
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
-def test_the_bytes_that_the_kernel_is_given(folder: str, rng: random.Random) -> None:
+@pytest.mark.parametrize(("content", "runs"), [(dense, (MIB,) * 4), (thin, (65536, 131072, 524288) * 4)])
+def test_the_bytes_that_the_kernel_is_given(
+    folder: str, rng: random.Random, content: Callable[[random.Random, int], bytes], runs: Tuple[int, ...]
+) -> None:
     """The same, not as the tool says but as the kernel sees it; every backup that has no part in it is not touched.
 
-    QEMU writes a table of 64 KiB again and again while it fills, as often as it likes: 1.06 to 1.22 was seen in all.
+    Text in small pieces is the harder case: QEMU's tables are many times what is stored of it.
     """
     history = History(folder, 24 * MIB)
-    fill(history, rng, "vda", 0, 20 * MIB)
+    fill(history, rng, "vda", 0, 20 * MIB, content)
     history.generation()
     for _ in range(5):
-        for at in rng.sample(range(20), 4):
-            fill(history, rng, "vda", at * MIB, MIB)
+        for length in runs:
+            fill(history, rng, "vda", rng.randrange(20 * MIB // 65536 - length // 65536) * 65536, length, content)
         history.generation()
     everyone = [m.id for m in history.backups()]
     stored = [history.stored(identity) for identity in everyone]
     others = {identity: history.files(identity) for identity in (everyone[0], everyone[1], everyone[5])}
     written = traced(folder, history, "3", "4")  # they go into the fifth
-    assert 0 < written <= 1.3 * (stored[2] + stored[3]), (written, stored)
+    assert 0 < written <= 1.1 * (stored[2] + stored[3]), (written, stored)
     assert {identity: history.files(identity) for identity in others} == others
     stored = [history.stored(identity) for identity in (everyone[1], everyone[4], everyone[5])]
     others = {identity: history.files(identity) for identity in everyone[4:]}
     written = traced(folder, history, "1")  # the second takes its place
-    assert 0 < written <= 1.3 * stored[0], (written, stored)
+    assert 0 < written <= 1.1 * stored[0], (written, stored)
     assert {identity: history.files(identity) for identity in others} == others
     history.prove()
 
