@@ -139,11 +139,11 @@ def _unharmed(world: World, chronicle: Chronicle, sound: Set[str]) -> None:
     listed = world.command(chronicle, "list")
     left = {row["id"]: layered(row) for row in listed.result["generations"]}
     hidden = {row["id"] for row in listed.result["unreadable"]}
-    newest = _backups(chronicle)[-1]
-    if newest.id in hidden:
-        held = Path(chronicle.repository, world.guest.uuid, "backups", newest.id)
-        left[newest.id] = {path.stem for path in held.glob("*.qcow2")}
-    require(left.get(newest.id) == newest.layered, "a prune has taken of the newest backup", listed)
+    for newest in _backups(chronicle)[-1:]:
+        if newest.id in hidden:
+            held = Path(chronicle.repository, world.guest.uuid, "backups", newest.id)
+            left[newest.id] = {path.stem for path in held.glob("*.qcow2")}
+        require(left.get(newest.id) == newest.layered, "a prune has taken of the newest backup", listed)
     for made in _backups(chronicle):
         disks = left.get(made.id, set()) if made.id not in hidden else set()
         require(disks <= made.layered, "a prune has added to a backup", made.number)
