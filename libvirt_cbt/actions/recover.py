@@ -153,6 +153,7 @@ def _let_go(session: Session, intent: manifest.Intent) -> List[str]:
 def _end_guard(intent: manifest.Intent) -> List[str]:
     known = intent.guard if intent.boot_id == processes.boot_id() else None
     if known and processes.kill(processes.Process(known.pid, known.started)):
+        machine.sweep(machine.run_root())  # its folders of sockets, for which it had no time
         return [f"ended guard process {known.pid}"]
     return []
 

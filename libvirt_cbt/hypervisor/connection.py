@@ -52,24 +52,39 @@ def _run_events() -> None:
 class Host:
     """A libvirt connection; `lookup` and `retry` open it again when the daemon had gone.
 
-    `listening` is for a host by TLS.  Errors: NoHypervisor when it cannot be reached.
+    `listening` is for a host by TLS; with `sentry` somebody will look out there.  Errors: NoHypervisor when it cannot be
+    reached.
     """
 
-    def __init__(self, uri: Optional[str], listening: Optional[tls.Listening] = None) -> None:
+    def __init__(self, uri: Optional[str], listening: Optional[tls.Listening] = None, *, sentry: bool = False) -> None:
         _run_events()
         self._asked = address.asked(uri) if uri else None
         self._added = self._asked[len(uri) :] if uri and self._asked else ""
         self._listening = listening or tls.Listening()
-        self._site: Optional[site.Site] = None
+        self._site = site.of(address.parse(uri), self, self._listening) if uri else None
         self._mending = threading.Lock()
         self._patience = RECONNECT_SECONDS
         self._known: Tuple[Any, str, Any] = (None, "", None)
-        self._conn: Any = self._connect()
+        try:
+            if self._site:
+                self._site.begin(sentry=sentry)  # a login takes as long as libvirt's own, so both at once
+            self._conn: Any = self._connect()
+            self._settle(uri)
+        except BaseException:
+            if self._site:
+                self._site.close()
+            raise
+
+    def _settle(self, asked: Optional[str]) -> None:
+        """What the connection is to."""
         uri = str(self._conn.getURI())
         address.asked(uri)  # what an alias or libvirt's own default stands for is judged, too
         # For a guard of ours, through a pipe; everything else has `uri`.
         self.address: str = uri[: -len(self._added)] if self._added and uri.endswith(self._added) else uri
         self.uri = names.without_password(self.address)
+        if self._site and address.parse(self.address) != address.parse(asked or ""):
+            self._site.close()
+            self._site = None  # an alias stood for another
 
     def _connect(self) -> Any:
         try:

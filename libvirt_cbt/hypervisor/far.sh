@@ -343,7 +343,8 @@ watch() { # RESERVE
             say free "$bytes"
         fi
         turns=$((turns + 1))
-        if [ $((bytes - $1)) -gt 8589934592 ]; then sleep 1; else sleep 0.1; fi
+        # It outlives us when we are released, and sshd ends nothing while somebody holds the session's output.
+        if [ $((bytes - $1)) -gt 8589934592 ]; then sleep 1; else sleep 0.1; fi >/dev/null 2>&1
     done
 }
 

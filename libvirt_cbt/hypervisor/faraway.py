@@ -38,25 +38,43 @@ class Ssh(site.Site):
         self._stack = ExitStack()
         self._folder: Optional[str] = None
         self._link: Optional[ssh.Ssh] = None
+        self._hailed = False  # whether that one has said what it is
+        self._spare: Optional[ssh.Ssh] = None
         self._roots: Tuple[str, str] = ("", "")
         self._tools: List[str] = []
         self._reaching: Optional[scratch.Places] = None
 
     # The connection
 
+    def begin(self, *, sentry: bool) -> None:
+        try:
+            self._link = self._client()
+            self._spare = self._client(apart=True) if sentry else None
+        except ssh.Lost:
+            pass  # who asks first tries again, and says it
+
+    def _client(self, *, apart: bool = False) -> ssh.Ssh:
+        """Errors: ssh.Lost."""
+        if apart:
+            return ssh.Ssh(self._address, self._stack.enter_context(places.temporary()))
+        if self._folder is None:
+            self._folder = self._stack.enter_context(places.temporary())
+        return ssh.Ssh(self._address, self._folder)
+
     def linked(self) -> ssh.Ssh:
         """The connection, a new one if there is none.  Errors: HostUnproved, HostRefused, HostLost."""
         if self._link is not None and not self._link.alive:
             self._drop()
-        if self._link is None:
-            if self._folder is None:
-                self._folder = self._stack.enter_context(places.temporary())
-            try:
-                self._link = ssh.Ssh(self._address, self._folder)
+        try:
+            if self._link is None:
+                self._link = self._client()
+            if not self._hailed:
+                self._link.begin()
                 self._hello(self._link)
-            except ssh.Lost as e:
-                self._drop()
-                raise refusals.explained(self.name, str(e)) from None
+                self._hailed = True
+        except ssh.Lost as e:
+            self._drop()
+            raise refusals.explained(self.name, str(e)) from None
         return self._link
 
     def _hello(self, link: ssh.Ssh) -> None:
@@ -69,7 +87,7 @@ class Ssh(site.Site):
     def _drop(self) -> None:
         if self._link is not None:
             self._link.close()
-            self._link = None
+            self._link, self._hailed = None, False
 
     def asked(
         self, *words: str, seconds: float = ssh.ANSWER_SECONDS, once: bool = False, most: int = ssh.MOST_ANSWER
@@ -93,14 +111,22 @@ class Ssh(site.Site):
     def another(self) -> ssh.Ssh:
         """A second connection, for what takes one up; to be closed by who asked.  Errors: HostLost and kin."""
         self.linked()
-        folder = self._stack.enter_context(places.temporary())
+        found, self._spare = self._spare, None
         try:
-            return ssh.Ssh(self._address, folder)
+            if found is not None and not found.alive:
+                found.close()
+                found = None
+            found = found or self._client(apart=True)
+            found.begin()
+            return found
         except ssh.Lost as e:
             raise refusals.explained(self.name, str(e)) from None
 
     def close(self) -> None:
         self._drop()
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
         self._stack.close()
         self._folder = None
 

@@ -49,6 +49,9 @@ class Tls(site.Site):
 
     # Places and files
 
+    def begin(self, *, sentry: bool) -> None:
+        pass  # there is no connection but libvirt's
+
     def socket_root(self) -> str:
         return places.run_root()  # there is no socket; its path is the id of the job
 

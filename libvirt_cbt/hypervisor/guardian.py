@@ -309,7 +309,7 @@ def _connected(uri: str) -> connection.Host:
     deadline = time.monotonic() + connection.RECONNECT_SECONDS
     while True:
         try:
-            return connection.Host(uri)
+            return connection.Host(uri, sentry=True)
         except errors.CbtError:
             if time.monotonic() > deadline:
                 sys.exit(1)

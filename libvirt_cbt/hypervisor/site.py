@@ -81,6 +81,10 @@ class Site(ABC):
     reaction = 0.5  # seconds from the last look at the scratch files' room to the end of the job, on a busy host
 
     @abstractmethod
+    def begin(self, *, sentry: bool) -> None:
+        """Begins what takes a while, with `sentry` a lookout's part, too, and waits for nothing: that is for who asks first."""
+
+    @abstractmethod
     def socket_root(self) -> str:
         """Where the folders of jobs' sockets are."""
 
@@ -156,6 +160,9 @@ class Site(ABC):
 
 class Here(Site):
     """This machine."""
+
+    def begin(self, *, sentry: bool) -> None:
+        pass  # everything is here
 
     def socket_root(self) -> str:
         return places.run_root()

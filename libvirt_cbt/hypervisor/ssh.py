@@ -61,7 +61,8 @@ class Refused(Exception):
 class Ssh:
     """One client process; a context manager.  Nothing else is left behind: not here, not there.
 
-    `folder` is one of ours, for the socket by which its sockets are made.  Errors of its methods: Lost, Refused.
+    It begins to connect, and nobody waits for that before `begin`.  `folder` is one of ours, for the socket by which its
+    sockets are made.  Errors of its methods: Lost, Refused.
     """
 
     def __init__(self, address: Address, folder: str) -> None:
@@ -69,6 +70,7 @@ class Ssh:
         self._control = os.path.join(folder, "ssh")
         self._asking = threading.Lock()
         self._pending = b""
+        self._begun = False
         self._complaints: Any = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the process
         try:
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
@@ -81,11 +83,6 @@ class Ssh:
         except OSError as e:
             self._complaints.close()
             raise Lost(f"{self._program}: {e.strerror}") from None
-        try:
-            self._begin()
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> Ssh:
         return self
@@ -109,7 +106,18 @@ class Ssh:
                 argv += [option + value] if option.endswith("=") else [option, value]
         return [*argv, "--", address.host, f"echo {BARE}; exec sh -s"]
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Waits until the far end listens; before that nothing may be asked."""
+        if self._begun:
+            return
+        try:
+            self._hear_first_word()
+        except BaseException:
+            self.close()
+            raise
+        self._begun = True
+
+    def _hear_first_word(self) -> None:
         """Up to the shell's first own word.  Where the key has the far end as its command, it is there already."""
         deadline, noise = time.monotonic() + CONNECT_SECONDS, 0
         while True:
@@ -231,8 +239,10 @@ class Ssh:
             raise Refused("forward", names.printable(said[-1], 300) if said else "")
 
     def close(self) -> None:
-        """Says goodbye and waits for the end; a client that does not end is killed."""
+        """Says goodbye and waits for the end; a client that does not end, or still tries to connect, is killed."""
         process = self._process
+        if not self._begun:
+            process.kill()
         for stream in (process.stdin, process.stdout):
             assert stream
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, List
 from urllib.parse import quote
 
 import pytest
@@ -138,3 +138,20 @@ def test_the_guards_post_gives_up_a_host_that_talks_nonsense(words: Any) -> None
         one._heard(words)
     one._heard(["full", "7"])
     assert (one.free, one.full) == (7, 7)
+
+
+def test_clients_that_still_connect_end_with_their_site(tmp_path: Path) -> None:
+    """libvirt could not be reached, and nobody waits for ours."""
+    script = tmp_path / "ssh"
+    script.write_text("#!/bin/sh\nexec sleep 600\n")
+    script.chmod(0o700)
+    far = faraway.Ssh(address.parse(f"qemu+ssh://far/system?command={quote(str(script))}"))
+    before = set(children())
+    far.begin(sentry=True)
+    assert len(set(children()) - before) == 2
+    far.close()
+    assert set(children()) == before
+
+
+def children() -> List[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
