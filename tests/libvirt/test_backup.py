@@ -20,6 +20,8 @@ from tests.guests import daemon, plain
 from tests.guests.plain import MIB, Disk, PlainGuest
 from tests.libvirt.tool import Tool, models, same
 
+SLOWLY = ("--bandwidth", "64K")  # a second: 8 MiB take two minutes on any machine
+
 
 @pytest.fixture
 def guest(libvirtd: daemon.Daemon) -> Iterator[PlainGuest]:
@@ -319,7 +321,7 @@ def test_a_signal_ends_the_run_cleanly(
     tool: Tool, guest: PlainGuest, rng: random.Random, number: signal.Signals
 ) -> None:
     guest.write_bytes("vda", 0, rng.getrandbits(8 * 8 * MIB).to_bytes(8 * MIB, "little"))
-    process = tool.start("backup", guest.name)
+    process = tool.start("backup", guest.name, *SLOWLY)
     _job_began(guest)
     process.send_signal(number)
     assert process.wait(60) == 128 + number
@@ -350,7 +352,7 @@ def test_a_foreign_job_and_a_foreign_checkpoint_are_left_alone(tool: Tool, guest
 
 def test_a_destroyed_guest_is_a_lost_source(tool: Tool, guest: PlainGuest, rng: random.Random) -> None:
     guest.write_bytes("vda", 0, rng.getrandbits(8 * 8 * MIB).to_bytes(8 * MIB, "little"))
-    process = tool.start("backup", guest.name)
+    process = tool.start("backup", guest.name, *SLOWLY)
     _job_began(guest)
     guest.destroy()
     assert process.wait(60) in (13, 20)
