@@ -14,7 +14,13 @@ from tests.soak.rules import rule
 from tests.soak.world import World
 
 DISKS: Final = 4
-CLUSTERS: Final = ("cluster_size=512", "cluster_size=4k", "cluster_size=64k")
+CLUSTERS: Final = (
+    ("cluster_size=512",),
+    ("cluster_size=4k",),
+    ("cluster_size=64k",),
+    ("cluster_size=2M",),
+    ("cluster_size=128k", "extended_l2=on"),
+)
 
 
 @rule(24)
@@ -135,7 +141,7 @@ def plug(world: World, rng: random.Random) -> Optional[str]:
         return f"{old.key} again as {old.target}"
     size = SECTOR * rng.randint(1, 3 * MIB // SECTOR)
     fmt = "raw" if rng.random() < 0.2 else "qcow2"
-    options = (rng.choice(CLUSTERS),) if fmt == "qcow2" else ()
+    options = rng.choice(CLUSTERS) if fmt == "qcow2" else ()
     new = Disk(target, size, fmt, options, path=guest.new_path(target, "new"))  # one that was unplugged has the usual one
     new.create()
     guest.attach(new)
