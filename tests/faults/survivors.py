@@ -13,8 +13,8 @@ from typing import Dict, Final, List, Tuple
 
 from libvirt_cbt import processes
 
-# So long may a guardian go on without its tool: it looks for 3 s whether a late request of the tool's has begun a job.
-SECONDS: Final = 10.0
+# So long may a guardian go on without its tool, on a busy machine: it looks for 3 s whether a late request has begun a job.
+SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tests.guests import daemon
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLE: Final = 5
-GUARDIAN_SECONDS: Final = 2.0  # it is told to go and waited for, but not for ever
+GUARDIAN_SECONDS: Final = 30.0  # it is told to go and waited for, but not for ever
 
 
 @pytest.fixture

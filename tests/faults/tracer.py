@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Callable, Dict, Final, List, Optional, Tuple
 
 LAUNCH: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "launch.py")
-SECONDS: Final = 60.0  # a command that takes longer hangs
+SECONDS: Final = 180.0  # a command that takes longer hangs
 
 _SYSCALL, _SEIZE, _INTERRUPT, _INFO = 24, 0x4206, 0x4207, 0x420E
 _SYSGOOD, _STOPPED, _ENTRY, _EXIT = 1, 128, 1, 2
