@@ -13,22 +13,23 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Final
 
-from libvirt_cbt import cli, names
+from libvirt_cbt import cli, errors, names
 from libvirt_cbt.repository import manifest, store, verified
 from tests.unit.report_samples import History
 
 BROWSERS: Final = ("chromium", "chromium-browser", "google-chrome")
-WIDTHS: Final = {"narrow": (390, 6400), "wide": (1400, 4200)}
+WIDTHS: Final = {"narrow": (390, 10400), "wide": (1400, 7000)}
 THEMES: Final = ("light", "dark")
 
 
 def sample(folder: str) -> store.Repository:
-    """A year of one guest, a week of another that complains, and one that nothing is known of."""
+    """A season of one guest, a week of another that complains, a month of one that is damaged, and one that cannot be read."""
     rng, now = random.Random(7), datetime.now(timezone.utc)
     repository = store.Repository.init(os.path.join(folder, "backups"))
-    year = repository.domain(names.DomainUuid("00000001-0123-4567-89ab-0123456789ab"))
-    week = repository.domain(names.DomainUuid("00000002-0123-4567-89ab-0123456789ab"))
-    for kept in (year, week):
+    year, week, month, lost = (
+        repository.domain(names.DomainUuid(f"0000000{number}-0123-4567-89ab-0123456789ab")) for number in range(1, 5)
+    )
+    for kept in (year, week, month, lost):
         with kept.lock():
             pass
     history = History(year, rng, "database-of-the-accounting-department", ("vda", "vdb"))
@@ -43,7 +44,26 @@ def sample(folder: str) -> store.Repository:
             warnings=["disk vda was copied in full: the bitmap of generation 4 is missing"] if day == 2 else [],
             unprotected=[manifest.Unprotected(target="sda", reason="a raw image that several guests share")],
         )
+    _damaged(History(month, rng, "mail"), now)
+    History(lost, rng, "lost").add(now)
+    for one in lost.generations():
+        Path(lost.directory(one.id), "manifest.json").write_text("{")
     return repository
+
+
+def _damaged(history: History, now: datetime) -> None:
+    """Its backups are late, some were taken with warnings, one cannot be read, and the last verification is old and bad."""
+    kept = history.kept
+    said = [
+        "the guest agent did not answer in 30 s, so the backup is as after a power failure",
+        "disk vda is read by another program: /srv/images/" + "a-long-name-without-a-space" * 4 + ".qcow2",
+    ]
+    made = [history.add(now - timedelta(days=day), warnings=said if day % 4 == 0 else []) for day in range(40, 9, -1)]
+    verified.record(kept, backups=12, checked_bytes=9 << 30, damage=3)
+    noted = Path(kept.path, verified.FILE)
+    old = (now - timedelta(days=25)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    noted.write_bytes(verified.Verified.load(str(noted)).model_copy(update={"time": old}).dump())
+    Path(kept.directory(made[20].id), "manifest.json").write_text("{")
 
 
 def main() -> int:
@@ -58,7 +78,7 @@ def main() -> int:
     page = folder / "report.html"
     with tempfile.TemporaryDirectory(prefix="cbt-look-") as place:
         repository = sample(place)
-        if cli.exit_code(["-r", repository.path, "-q", "report", "--html", str(page), "--force"]):
+        if cli.exit_code(["-r", repository.path, "-q", "report", "--html", str(page), "--force"]) != errors.Damaged.code:
             return 1
         for theme in THEMES:
             for width, (columns, lines) in WIDTHS.items():

@@ -135,7 +135,11 @@ def _facts(domain: results.ReportDomain) -> etree._Element:
             f"{consistent} of {len(domain.generations)} generations are consistent",
         )
     )
-    groups = [tag("div", tag("dt", k), tag("dd", v, tag("small", s) if s else None)) for k, v, s in facts]
+    bad = "Last verified" if last and last.damage else None
+    groups = [
+        tag("div", tag("dt", k), tag("dd", v, tag("small", s, class_="alarm" if k == bad else None) if s else None))
+        for k, v, s in facts
+    ]
     return tag("dl", *groups, class_="facts")
 
 

@@ -39,6 +39,7 @@ dl.facts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem
 dl.facts dt {{ color: var(--soft); font-size: .875rem; }}
 dl.facts dd {{ margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }}
 dl.facts small {{ display: block; font-weight: 400; color: var(--soft); font-size: .8125rem; }}
+dl.facts small.alarm {{ font-weight: 600; color: var(--alarm); }}
 .wide {{ overflow-x: auto; --shade: 1.1rem; background:
   linear-gradient(to right, var(--card) 35%, transparent) local 0 0 / calc(2 * var(--shade)) 100% no-repeat,
   linear-gradient(to left, var(--card) 35%, transparent) local 100% 0 / calc(2 * var(--shade)) 100% no-repeat,
@@ -52,7 +53,7 @@ thead th {{ color: var(--soft); font-weight: 600; vertical-align: bottom; }}
 tbody th {{ font-weight: 600; }}
 .number {{ text-align: right; }}
 .words {{ white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }}
-td ul {{ margin: 0; padding-left: 1.1rem; }}
+td ul {{ margin: 0; padding-left: 1.1rem; min-width: 18rem; }}
 table.drawn {{ table-layout: fixed; }}
 table.drawn th, table.drawn td {{ border: 0; padding: 1px .4rem 1px 0; vertical-align: middle; line-height: 1.2; }}
 table.drawn col.label {{ width: 6.5rem; }}
@@ -91,6 +92,7 @@ table.month td.out {{ background: none; }}
   table.drawn col.label {{ width: 4.3rem; }}
   table.drawn col.value {{ width: 4.5rem; }}
   table.drawn {{ font-size: .8125rem; }}
+  td ul {{ min-width: 26rem; }}
   table.month {{ border-spacing: 2px; }}
 }}
 @media print {{

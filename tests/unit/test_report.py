@@ -91,7 +91,9 @@ def test_what_is_to_be_looked_at(
     assert "disk vda is not in backups any more: raw" in said
     assert "never verified as a whole" in said
     verified.record(kept, backups=5, checked_bytes=77, damage=3)
-    assert "the last verification found 3 damaged" in libvirt_cbt.report(session).domains[0].attention
+    found = libvirt_cbt.report(session)
+    assert "the last verification found 3 damaged" in found.domains[0].attention
+    assert b'<small class="alarm">3 damaged, up to generation 5</small>' in report_page.page(found)
 
 
 def test_a_backup_that_became_a_mark(
