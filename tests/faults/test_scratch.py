@@ -352,12 +352,13 @@ class Slow:
     def __init__(self, guest: PlainGuest, seconds: float) -> None:
         if not shutil.which("strace"):
             pytest.skip("strace is not installed")
+        self._pid = guest.pid
         paths = [word for file in self._open(guest) for word in ("-P", file)]
         assert paths, "QEMU has no scratch file open"
         calls = "pwrite64,pwritev,pwritev2"
         delay = f"inject={calls}:delay_enter={round(seconds * 1_000_000)}"
         self._strace = subprocess.Popen(
-            ["strace", "-f", "-qq", "-p", str(guest.pid), *paths, "-e", f"trace={calls}", "-e", delay],
+            ["strace", "-f", "-qq", "-p", str(self._pid), *paths, "-e", f"trace={calls}", "-e", delay],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -371,7 +372,19 @@ class Slow:
         return sorted({file for file in files if file.startswith(guest.host.scratch)})
 
     def __enter__(self) -> Slow:
+        deadline = time.monotonic() + 30
+        while not self._attached():
+            assert self._strace.poll() is None and time.monotonic() < deadline, "strace does not attach"
+            time.sleep(0.005)
         return self
+
+    def _attached(self) -> bool:
+        """To each thread: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html."""
+        tasks = Path("/proc", str(self._pid), "task")
+        try:
+            return all("\nTracerPid:\t0\n" not in (task / "status").read_text() for task in tasks.iterdir())
+        except OSError:
+            return False  # one ended meanwhile
 
     def __exit__(self, *_: object) -> None:
         self._strace.terminate()
@@ -391,7 +404,7 @@ def test_slow_scratch_slows_the_guest_for_as_long_as_the_job_may_last_and_no_lon
     _fill(rng, guest)
     delay, waits = 0.4, []
     with Events(guest) as events:
-        with Held(tool, guest, "--max-duration", "4") as held:
+        with Held(tool, guest, "--max-duration", "8") as held:
             with Slow(guest, delay) as slow:
                 for place in range(150):
                     if not has_job(guest):
