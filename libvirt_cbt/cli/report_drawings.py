@@ -114,4 +114,6 @@ def scrolled(element: etree._Element, name: str) -> etree._Element:
 
 
 def listed(sentences: Sequence[str], kind: Optional[str] = None) -> etree._Element:
-    return tag("ul", *(tag("li", sentence) for sentence in sentences), class_=kind)
+    """What a sentence has between backticks is a command."""
+    rows = (sentence.split("`") for sentence in sentences)
+    return tag("ul", *(tag("li", *(tag("code", x) if at % 2 else x for at, x in enumerate(row))) for row in rows), class_=kind)

@@ -131,7 +131,10 @@ def test_damage_stands_in_nobodys_way(
     assert any("layers.json" in s for s in by_uuid[kept[1].uuid]["attention"])
     assert any("verified.json" in s for s in by_uuid[kept[2].uuid]["attention"])
     assert by_uuid[kept[2].uuid]["verified"] is None and by_uuid[kept[2].uuid]["backups"] == 1
-    assert all(one.uuid in page.read_text(encoding="utf-8") for one in kept)
+    text = page.read_text(encoding="utf-8")
+    assert all(one.uuid in text for one in kept)
+    commands = parsed(text).xpath("//ul[@class='alarms']//code/text()")
+    assert commands and all(str(one).startswith("libvirt-cbt ") for one in commands) and "`" not in text
 
 
 def test_nothing_in_it_can_do_harm(
