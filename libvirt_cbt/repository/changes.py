@@ -10,6 +10,7 @@ backup after them stand in: what is neither in them nor in a later delta reads a
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
@@ -40,6 +41,10 @@ def span(kept: DomainStore, target: str, since: points.Point, until: points.Poin
     generations = kept.generations()
     target = aliases.target(kept, target)
     if not any(m.disk(target) for m in generations):
+        for point in (since, until):
+            if not isinstance(point, points.Beginning):
+                with suppress(errors.NoSuchBackup):
+                    kept.resolve(point)  # what is damaged may have it, and is what to tell of
         known = ", ".join(sorted({d.target for m in generations for d in m.disks})) or "none"
         raise errors.NoSuchDisk(domain=names.printable(kept.name), target=names.printable(target), known=known)
     last = _generation(kept, until, target)

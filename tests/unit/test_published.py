@@ -145,6 +145,17 @@ def test_changes_across_a_damaged_one_are_refused_with_its_name(kept: store.Doma
 
 
 @pytest.mark.fault(41)
+def test_a_disk_that_only_a_damaged_one_may_have(kept: store.DomainStore) -> None:
+    made = published(kept, "ff")
+    seen, newest = damaged(kept, made[1]), points.until(made[1].id)
+    for since in (points.Beginning(), points.Generation(1)):
+        with pytest.raises(errors.Damaged, match=made[1].id):
+            changes.span(seen, "vdx", since, newest)
+        with pytest.raises(errors.NoSuchDisk):
+            changes.span(seen, "vdx", since, points.Generation(1))
+
+
+@pytest.mark.fault(41)
 def test_everything_up_to_a_mark_past_a_damaged_one_is_refused_with_its_name(kept: store.DomainStore) -> None:
     made = published(kept, "fmm")
     path = os.path.join(kept.directory(made[1].id), "manifest.json")
