@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Callable, Dict, Final, Iterable, Optional
+from typing import Any, Callable, Dict, Final, Iterable, Optional
 
 import libvirt
 
@@ -37,6 +37,8 @@ ANSWER_SECONDS: Final = 5.0  # of a QEMU about its jobs; milliseconds, unless it
 NO_JOB: Final = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_OPERATION_INVALID)
 TAKEN: Final = "Address already in use"  # in QEMU's own words
 END_SECONDS: Final = 60.0
+ENDING: Final = "backup job data missing"  # in libvirt's
+ENDING_SECONDS: Final = 2.0
 # Keeps a guest that powers itself off until the job has ended.  Older bindings lack it, older daemons refuse it.
 PRESERVE: Final = int(getattr(libvirt, "VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN", 0))
 PRESERVE_SINCE: Final = 11_010_000  # libvirt 11.10.0
@@ -71,7 +73,7 @@ def _running(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]
         if not dom.isActive():
             return None
         try:
-            stats = dom.jobStats()
+            stats = _statistics(dom)
         except libvirt.libvirtError as e:
             # Where a guest is on its way to libvirt has no statistics of that, and refuses to give any.
             if e.get_error_code() != libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
@@ -88,6 +90,18 @@ def _running(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]
             socket = None  # it ended while we looked
     what = OPERATIONS.get(stats.get("operation", 0), "another job")
     return Running(what, None if elapsed is None else elapsed / 1000, socket)
+
+
+def _statistics(dom: Any) -> Dict[str, Any]:
+    """libvirt's, asked again while a backup is on its way out: what they are made of goes before the job does."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    while True:
+        try:
+            return dict(dom.jobStats())
+        except libvirt.libvirtError as e:
+            if ENDING not in str(e) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _block_job(host: connection.Host, uuid: names.DomainUuid) -> Optional[Running]:

@@ -49,7 +49,7 @@ class Events:
 
 
 def has_job(guest: domain.Guest) -> bool:
-    return bool(guest.domain.jobStats().get("type", 0) != libvirt.VIR_DOMAIN_JOB_NONE)
+    return bool(guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE)
 
 
 class Gone:

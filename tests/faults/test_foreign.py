@@ -46,7 +46,7 @@ def _place(guest: PlainGuest) -> str:
 
 
 def _type(guest: PlainGuest) -> int:
-    return int(guest.domain.jobStats().get("type", 0))
+    return guest.job_type()
 
 
 def _until(happened: Callable[[], bool], what: str, seconds: float = 30) -> None:

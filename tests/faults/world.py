@@ -201,7 +201,7 @@ class World:
         ]
         for identity in self.published():
             complaints += [f"left in {identity}: {name}" for name in self._strange(identity)]
-        if self.guest.domain.jobStats().get("type", 0) != libvirt.VIR_DOMAIN_JOB_NONE:
+        if self.guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE:
             complaints.append("a job is left")
         names = [c.getName() for c in self.guest.domain.listAllCheckpoints()]
         if len(names) != checkpoints:

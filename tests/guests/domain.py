@@ -50,6 +50,17 @@ class Guest(ABC):
         """libvirt's domain object."""
         return self.host.domain(self.name)
 
+    def job_type(self) -> int:
+        """Of the job that it has; a backup's statistics go before the job does, and that is waited for."""
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                return int(self.domain.jobStats().get("type", 0))
+            except libvirt.libvirtError as e:
+                if "backup job data missing" not in str(e) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
     @property
     def running(self) -> bool:
         return bool(self.domain.isActive())

@@ -292,7 +292,7 @@ def test_a_dry_run_estimates_and_changes_nothing(tool: Tool, guest: PlainGuest) 
 
 def _job_began(guest: PlainGuest) -> None:
     deadline = time.monotonic() + 30
-    while guest.domain.jobStats().get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
+    while guest.job_type() == libvirt.VIR_DOMAIN_JOB_NONE:
         assert time.monotonic() < deadline, "no job began"
         time.sleep(0.002)
 
@@ -343,7 +343,7 @@ def test_a_foreign_job_and_a_foreign_checkpoint_are_left_alone(tool: Tool, guest
     busy = tool.run("backup", guest.name)
     assert (busy.code, busy.document["error"]["kind"]) == (11, "DomainBusy")
     assert "a backup" in busy.stderr
-    assert guest.domain.jobStats()["type"] != libvirt.VIR_DOMAIN_JOB_NONE
+    assert guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE
     guest.domain.abortJob()
     tool.backup(guest, "--wait", "20")
     tool.run("untrack", guest.name).result  # noqa: B018

@@ -99,7 +99,7 @@ class Tool:
         assert os.listdir(self.host.run_dir) == []
         assert os.listdir(os.path.join(self.repository, uuid, "staging")) == []
         if guest.running:
-            assert guest.domain.jobStats().get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE
+            assert guest.job_type() == libvirt.VIR_DOMAIN_JOB_NONE
             names = [c.getName() for c in guest.domain.listAllCheckpoints()]
             assert len([n for n in names if n.startswith("cbt-")]) == checkpoints, names
 

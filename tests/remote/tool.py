@@ -56,6 +56,6 @@ class FarTool(tool.Tool):
         staging = os.path.join(self.repository, guest.uuid, "staging")
         assert not os.path.isdir(staging) or os.listdir(staging) == []
         if guest.running:
-            assert guest.domain.jobStats().get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE
+            assert guest.job_type() == libvirt.VIR_DOMAIN_JOB_NONE
             names = [c.getName() for c in guest.domain.listAllCheckpoints()]
             assert len([n for n in names if n.startswith("cbt-")]) == checkpoints, names

@@ -95,7 +95,7 @@ def save(world: World, rng: random.Random) -> Optional[str]:
 @rule(3)
 def restart_libvirtd(world: World, rng: random.Random) -> Optional[str]:
     how = rng.choice((world.host.stop, world.host.kill))
-    how()
+    world.lose_daemon(how)
     world.host.start()
     if world.guest.running:
         world.guest.hmp("info status")  # waits for the daemon's reconnection, in the midst of which destroy fails

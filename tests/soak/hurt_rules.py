@@ -171,7 +171,7 @@ def lose_libvirtd(world: World, rng: random.Random) -> Optional[str]:
 
     def restart() -> None:
         time.sleep(pause)
-        how()
+        world.lose_daemon(how)
         world.host.start()
 
     return _slow(world, rng, restart, lambda ended: ended.code == 0 or ended.kind == "NoHypervisor")

@@ -225,7 +225,7 @@ def _in_libvirt(world: World) -> None:
             require(not mine or ours[mine[0]][1] is chronicle.made[-1], "the checkpoint is not the newest's", mine)
     strange = {n for n in names if n not in ours}
     require(len(strange) <= sum(one.strays for one in world.chronicles), "a checkpoint of no generation", strange)
-    if world.guest.running:
+    if world.guest.running and world.guest.pid not in world.forgotten:
         folder = f"/proc/{world.guest.pid}/fd"
         opened = [_target(os.path.join(folder, fd)) for fd in os.listdir(folder)]
         require(not [p for p in opened if p.startswith(world.host.scratch)], "QEMU has scratch files open", opened)

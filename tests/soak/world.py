@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from contextlib import ExitStack
-from typing import Any, Dict, Final, Iterator, List, Optional
+from typing import Any, Callable, Dict, Final, Iterator, List, Optional, Set
 from unittest import mock
 
 import libvirt
@@ -29,6 +29,7 @@ class World:
     def __init__(self) -> None:
         self._open = ExitStack()
         self.counts: Counter[str] = Counter()
+        self.forgotten: Set[int] = set()  # QEMUs that have lost a daemon
 
     def __enter__(self) -> World:
         with ExitStack() as stack:
@@ -69,10 +70,16 @@ class World:
         """Whose fleecing point is open, as far as we know."""
         return next((one for one in self.chronicles if one.point), None)
 
+    def lose_daemon(self, how: Callable[[], None]) -> None:
+        """A libvirtd that is killed while it ends a job may never tell QEMU to close that job's scratch files."""
+        if self.guest.running:
+            self.forgotten.add(self.guest.pid)
+        how()
+
     @property
     def busy(self) -> bool:
         """Whether a job runs on the guest."""
-        return bool(self.guest.running and self.guest.domain.jobStats().get("type", 0) != libvirt.VIR_DOMAIN_JOB_NONE)
+        return bool(self.guest.running and self.guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE)
 
     def command(self, chronicle: Chronicle, verb: str, *arguments: str, **trouble: Any) -> Ended:
         """In a process of its own when something is to happen to it."""
