@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import List, Tuple
+import time
+from typing import Final, List, Tuple
 
 from libvirt_cbt import errors, names, processes
 from libvirt_cbt import places as machine
@@ -15,6 +16,8 @@ from libvirt_cbt.actions import events, offline, results
 from libvirt_cbt.actions.session import Session
 from libvirt_cbt.hypervisor import bitmaps, checkpoints, connection, domain, job, pace, quiesce, scratch
 from libvirt_cbt.repository import manifest, staging, store
+
+IN_FLIGHT_SECONDS: Final = 1.5  # from what libvirt has been asked to what it shows; on an idle host a tenth
 
 
 def recover(session: Session, domain_name: str) -> results.Recover:
@@ -124,7 +127,7 @@ def _undo(session: Session, intent: manifest.Intent) -> List[str]:
     uuid = names.DomainUuid(intent.domain.uuid)
     done: List[str] = []
     try:
-        if job.end(host, uuid, intent.socket):
+        if _ended(session, intent):
             done.append(f"ended backup job {intent.id}")
         if intent.images:
             done += offline.withdraw(host, intent)
@@ -134,6 +137,21 @@ def _undo(session: Session, intent: manifest.Intent) -> List[str]:
     except errors.NoSuchDomain:
         done += _end_guard(intent)  # undefined meanwhile, and its checkpoints with it
     return done + [f"removed {path}" for path in host.site.remove(places(intent))]
+
+
+def _ended(session: Session, intent: manifest.Intent) -> bool:
+    """Ends the job; whether there was one.
+
+    A run that was killed while it began the job, with its guard, may have asked libvirt for what shows only now.
+    """
+    in_flight = intent.phase == "freezing" and not intent.images and intent.boot_id == processes.boot_id()
+    deadline = time.monotonic() + (IN_FLIGHT_SECONDS if in_flight else 0)
+    while True:
+        if job.end(session.host, names.DomainUuid(intent.domain.uuid), intent.socket):
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
 
 
 def _let_go(session: Session, intent: manifest.Intent) -> List[str]:
