@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Collection, List, Optional
 
 from tests.soak import judge
@@ -76,6 +77,9 @@ def start(world: World, rng: random.Random) -> Optional[str]:
         return f"{chronicle.name} kept out: {ended.kind}"
     require(ended.code == 0, "a point could not be opened", ended)
     require(world.published(chronicle, moment) is None, "an open point is published")
+    for other in world.chronicles:
+        if other.point:  # else it would have been in the way
+            other.point = replace(other.point, doubtful=True)
     chronicle.point, chronicle.killed = Point(moment, ended.result["id"]), False
     return f"{chronicle.name} generation {ended.result['generation']}"
 
