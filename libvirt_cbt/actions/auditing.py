@@ -49,7 +49,7 @@ def audited(
                     chain=stack.enter_context(server.chain(layers, run_dir)),
                     capacity=disk.disk.capacity,
                     bitmap=export.context,
-                    also=pulling.with_also(pulling.with_also(marks.union, again.get(disk.target)), disk.uncovered),
+                    also=pulling.with_also(marks.union, again.get(disk.target), disk.uncovered),
                     differs=found[disk.target].append,
                 )
             )

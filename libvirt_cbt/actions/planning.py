@@ -146,8 +146,9 @@ def _disk(
     entry = newest.require(disk.target)
     dirty = checkpoints[newest.checkpoint or ""].disks[disk.target] or 0
     tracked = DiskPlan(
-        disk, NOTHING, None, entry.lineage, newest.generation, entry.capacity, newest.checkpoint, estimate=dirty
-    )
+        disk, NOTHING, None, entry.lineage,
+        base=newest.generation, was=entry.capacity, checkpoint=newest.checkpoint, estimate=dirty,
+    )  # fmt: skip
     if mark:
         return tracked
     parent = kept.newest_backup(newest, disk.target)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Callable, Dict, Iterator, Mapping, Optional
+from typing import Dict, Iterator, Mapping, Optional
 
 from libvirt_cbt import extents, places
 from libvirt_cbt.actions.fleecing import Fleece
@@ -89,13 +89,12 @@ def _untold(disk: DiskPlan, missed: Optional[extents.Extents]) -> Optional[chang
     return with_also(partial(extents.clip, disk.uncovered), missed)
 
 
-def with_also(
-    union: Callable[[int, int], extents.Extents], more: Optional[extents.Extents]
-) -> Callable[[int, int], extents.Extents]:
+def with_also(union: changes.Find, *more: Optional[extents.Extents]) -> changes.Find:
     """A union of deltas by window, and further extents in it."""
-    if more is None or not len(more):
+    some = [one for one in more if one is not None and len(one)]
+    if not some:
         return union
-    return lambda low, high: extents.unite([union(low, high), more], low, high)
+    return lambda low, high: extents.unite([union(low, high), *some], low, high)
 
 
 def _nowhere(_: extents.Extents) -> None:

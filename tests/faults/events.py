@@ -8,8 +8,6 @@ import threading
 import time
 from typing import List
 
-import libvirt
-
 from tests.guests import domain
 
 
@@ -48,10 +46,6 @@ class Events:
         return [line for line in self.seen() if "Suspended" in line or "io-error" in line]
 
 
-def has_job(guest: domain.Guest) -> bool:
-    return bool(guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE)
-
-
 class Gone:
     """Whether the guest's job has ended, found out beside the writes so that they are as fast as can be.
 
@@ -64,7 +58,7 @@ class Gone:
 
     def _watch(self) -> None:
         while not self._left.wait(0.02):
-            if not has_job(self._guest):
+            if not self._guest.has_job:
                 self._gone.set()
                 return
 

@@ -68,7 +68,7 @@ def _generations(tool: Tool, guest: Any) -> int:
 def _no_job(guest: PlainGuest) -> None:
     """Waits until the guest has no job."""
     watch = patience.Stopwatch()
-    while guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE:
+    while guest.has_job:
         assert watch.seconds() < 60, "the job goes on"
         time.sleep(0.01)
 
@@ -388,7 +388,7 @@ def test_recover_cleans_once_when_the_guard_was_killed_too(
     with Held(tool, guest) as held:
         held.kill(guardian=True)
     time.sleep(0.5)
-    assert guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE
+    assert guest.has_job
     done = tool.run("recover", guest.name).result
     assert any(action.startswith("ended backup job") for action in done["actions"])
     assert any(action.startswith("removed checkpoint") for action in done["actions"])

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Callable
 
-import libvirt
 import pytest
 
 from tests.faults.held import children
@@ -57,6 +56,6 @@ def test_a_job_that_begins_when_its_run_is_dead(
     assert recover.wait(60) == 0
     tool.nothing_left(guest, checkpoints=0)
     time.sleep(1)
-    assert guest.job_type() == libvirt.VIR_DOMAIN_JOB_NONE
+    assert not guest.has_job
     tool.backup(guest)
     same(tool.restored(guest, "latest", str(tmp_path)), models(guest))

@@ -21,7 +21,7 @@ import pytest
 from lxml import etree
 
 from tests import patience
-from tests.faults.events import Events, Gone, has_job
+from tests.faults.events import Events, Gone
 from tests.faults.held import Held
 from tests.guests import daemon, system
 from tests.guests.plain import MIB, Disk, PlainGuest
@@ -217,7 +217,7 @@ def test_the_guard_ends_the_job_of_a_killed_tool_before_the_scratch_is_full(
     with Meter(libvirtd) as meter, Held(tool, guest) as held:
         _write_on(rng, guest, until=_countdown(rng.randint(1, 3)))
         held.kill()
-        _write_on(rng, guest, lambda: not has_job(guest))
+        _write_on(rng, guest, lambda: not guest.has_job)
         _write_on(rng, guest, until=_countdown(32))
     assert meter.lowest > 0
     _unlimited(guest)
@@ -279,7 +279,7 @@ def test_the_guard_alone_ends_the_job_after_the_daemon_was_restarted(
     with Meter(libvirtd) as meter, Held(tool, guest, argv=argv) as held:
         (libvirtd.kill if hard else libvirtd.stop)()
         libvirtd.start()
-        _write_on(rng, guest, lambda: not has_job(guest))
+        _write_on(rng, guest, lambda: not guest.has_job)
         ended = held.ended()
     assert (ended.code, ended.document["error"]["kind"]) == (13, "SourceLost"), ended
     assert meter.lowest > 0
@@ -295,7 +295,7 @@ def test_the_tool_ends_the_job_when_its_guard_was_killed(
     with Held(tool, guest) as held:
         os.kill(held.guardian, signal.SIGKILL)
         written = 0
-        while has_job(guest):
+        while guest.has_job:
             if written < 12:  # the guest goes on at an easy pace: the tool looks less often than its guard
                 guest.write("vda", written * MIB, MIB, 1)
                 written += 1
@@ -333,7 +333,7 @@ def test_a_copy_that_takes_too_long_ends_its_job(
     _fill(rng, guest)
     watch = patience.Stopwatch()
     with Held(tool, guest, "--max-duration", "1") as held:  # the repository does not take a byte more
-        while has_job(guest):
+        while guest.has_job:
             assert watch.seconds() < 30, "the job goes on"
             time.sleep(0.05)
         assert watch.wall() > 1
@@ -407,12 +407,12 @@ def test_slow_scratch_slows_the_guest_for_as_long_as_the_job_may_last_and_no_lon
         with Held(tool, guest, "--max-duration", "8") as held:
             with Slow(guest, delay) as slow:
                 for place in range(150):
-                    if not has_job(guest):
+                    if not guest.has_job:
                         break
                     begun = time.monotonic()
                     guest.write("vda", place * 128 * 1024, 65536, 0x77)
                     waits.append(time.monotonic() - begun)
-            assert not has_job(guest)
+            assert not guest.has_job
             ended = held.ended()
         assert slow.writes(), slow._said
         assert (ended.code, ended.document["error"]["kind"]) == (14, "TookTooLong"), ended
@@ -430,7 +430,7 @@ def test_a_repository_that_hangs_does_not_hold_the_job(tool: Tool, guest: PlainG
     _fill(rng, guest)
     with Held(tool, guest, "--max-duration", "1") as held:
         deadline = time.monotonic() + 30
-        while has_job(guest):
+        while guest.has_job:
             assert time.monotonic() < deadline, "the guest still waits for the repository"
             time.sleep(0.05)
         assert held.process.poll() is None  # it waits for its writer

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Dict, Final, List, Set, Tuple
 from unittest import mock
 
-import libvirt
 import libvirt_qemu
 
 import libvirt_cbt
@@ -201,7 +200,7 @@ class World:
         ]
         for identity in self.published():
             complaints += [f"left in {identity}: {name}" for name in self._strange(identity)]
-        if self.guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE:
+        if self.guest.has_job:
             complaints.append("a job is left")
         names = [c.getName() for c in self.guest.domain.listAllCheckpoints()]
         if len(names) != checkpoints:

@@ -50,6 +50,10 @@ class Guest(ABC):
         """libvirt's domain object."""
         return self.host.domain(self.name)
 
+    @property
+    def has_job(self) -> bool:
+        return bool(self.job_type() != libvirt.VIR_DOMAIN_JOB_NONE)
+
     def job_type(self) -> int:
         """Of the job that it has; a backup's statistics go before the job does, and that is waited for."""
         deadline = time.monotonic() + 5

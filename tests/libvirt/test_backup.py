@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
-import libvirt
 import pytest
 from lxml import etree
 
@@ -292,7 +291,7 @@ def test_a_dry_run_estimates_and_changes_nothing(tool: Tool, guest: PlainGuest) 
 
 def _job_began(guest: PlainGuest) -> None:
     deadline = time.monotonic() + 30
-    while guest.job_type() == libvirt.VIR_DOMAIN_JOB_NONE:
+    while not guest.has_job:
         assert time.monotonic() < deadline, "no job began"
         time.sleep(0.002)
 
@@ -343,7 +342,7 @@ def test_a_foreign_job_and_a_foreign_checkpoint_are_left_alone(tool: Tool, guest
     busy = tool.run("backup", guest.name)
     assert (busy.code, busy.document["error"]["kind"]) == (11, "DomainBusy")
     assert "a backup" in busy.stderr
-    assert guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE
+    assert guest.has_job
     guest.domain.abortJob()
     tool.backup(guest, "--wait", "20")
     tool.run("untrack", guest.name).result  # noqa: B018

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import libvirt
-
 from tests.guests import daemon, plain
 
 COMMAND = os.path.join(os.path.dirname(sys.executable), "libvirt-cbt")
@@ -99,7 +97,7 @@ class Tool:
         assert os.listdir(self.host.run_dir) == []
         assert os.listdir(os.path.join(self.repository, uuid, "staging")) == []
         if guest.running:
-            assert guest.job_type() == libvirt.VIR_DOMAIN_JOB_NONE
+            assert not guest.has_job
             names = [c.getName() for c in guest.domain.listAllCheckpoints()]
             assert len([n for n in names if n.startswith("cbt-")]) == checkpoints, names
 

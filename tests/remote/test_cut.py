@@ -117,7 +117,7 @@ def test_a_killed_tool(far: Far, tool: FarTool, guest: PlainGuest, tmp_path: Pat
         held.kill(guardian=not guarded)
     until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in mine), "an ssh process outlived the tool")
     if guarded:
-        until(lambda: guest.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE, "nobody ended the job")
+        until(lambda: not guest.has_job, "nobody ended the job")
     until(lambda: not guards(guest.uuid), "the guard stays")
     assert [path for path in far.left() if path.startswith("far:")]
     made = tool.backup(guest)
@@ -132,8 +132,8 @@ def test_a_job_is_ended_there_when_nobody_is_left_here(far: Far, tool: FarTool, 
     with Held(tool, guest) as held:
         far.stop()
         held.kill(guardian=True)
-    assert guest.domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
-    until(lambda: guest.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE, "nobody ended the job", 180)
+    assert guest.has_job
+    until(lambda: not guest.has_job, "nobody ended the job", 180)
     far.start()
     assert tool.run("recover", guest.name).code == 0
     tool.nothing_left(guest, checkpoints=0)

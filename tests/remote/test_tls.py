@@ -346,7 +346,7 @@ def test_a_killed_tool(tls_tool: FarTool, full: PlainGuest, tmp_path: Path, *, g
     with Held(tls_tool, full) as held:
         held.kill(guardian=not guarded)
     if guarded:
-        until(lambda: full.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE, "nobody ended the job")
+        until(lambda: not full.has_job, "nobody ended the job")
     until(lambda: not guards(full.uuid), "the guard stays")
     assert [path for path in tls_tool.far.left() if path.startswith("pool:")]
     made = tls_tool.backup(full)

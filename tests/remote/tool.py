@@ -8,8 +8,6 @@ import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List
 
-import libvirt
-
 from tests.guests import daemon, far, plain
 from tests.libvirt import tool
 
@@ -56,6 +54,6 @@ class FarTool(tool.Tool):
         staging = os.path.join(self.repository, guest.uuid, "staging")
         assert not os.path.isdir(staging) or os.listdir(staging) == []
         if guest.running:
-            assert guest.job_type() == libvirt.VIR_DOMAIN_JOB_NONE
+            assert not guest.has_job
             names = [c.getName() for c in guest.domain.listAllCheckpoints()]
             assert len([n for n in names if n.startswith("cbt-")]) == checkpoints, names

@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from typing import Any, Callable, Dict, Final, Iterator, List, Optional, Set
 from unittest import mock
 
-import libvirt
-
 from tests.faults import survivors
 from tests.faults.test_scratch import SmallScratch
 from tests.soak.calls import Calls, Ended
@@ -79,7 +77,7 @@ class World:
     @property
     def busy(self) -> bool:
         """Whether a job runs on the guest."""
-        return bool(self.guest.running and self.guest.job_type() != libvirt.VIR_DOMAIN_JOB_NONE)
+        return self.guest.running and self.guest.has_job
 
     def command(self, chronicle: Chronicle, verb: str, *arguments: str, **trouble: Any) -> Ended:
         """In a process of its own when something is to happen to it."""
