@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Dict, Final, List, Tuple
@@ -72,13 +73,14 @@ def edited_json(draw: Draw, name: str, prefix: int = 0) -> bytes:
         container, key = draw(st.sampled_from(places))
         what = draw(st.sampled_from(("odd", "odd", "odd", "gone", "twice")))
         if what == "odd":
-            container[key] = draw(st.sampled_from(ODD) | st.text(max_size=4) | st.integers())
+            # A copy: the next edit may be inside it, and would change ODD for all that follow, or lead round in a circle.
+            container[key] = deepcopy(draw(st.sampled_from(ODD) | st.text(max_size=4) | st.integers()))
         elif what == "gone":
             del container[key]
         elif isinstance(container, list):
-            container.append(container[key])
+            container.append(deepcopy(container[key]))
         else:
-            container[draw(st.text(max_size=4))] = container[key]
+            container[draw(st.text(max_size=4))] = deepcopy(container[key])
     return bytes(seed[:prefix] + json.dumps(value).encode("utf-8", "surrogatepass"))
 
 
