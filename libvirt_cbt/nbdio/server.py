@@ -48,7 +48,8 @@ def sink(layer: str, run_dir: str, *, compress: bool) -> Iterator[List[Endpoint]
     nodes = [{**plain, "file": {**plain["file"], **quiet}}]
     if compress:
         nodes.insert(0, {"driver": "compress", "node-name": "compressing", "file": "plain"})
-    argv = _storage_daemon(where)
+    # More than there are processors, all busy with compressing, would take turns with its main loop and with the client.
+    argv = [*_storage_daemon(where), *threads(_processors())]
     for node in reversed(nodes):
         argv += ["--blockdev", json.dumps(node)]
     for node in nodes:
@@ -73,7 +74,7 @@ def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
     https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
     """
     where = os.path.join(run_dir, "layers.sock")
-    argv = [*_storage_daemon(where), *few_threads()]
+    argv = [*_storage_daemon(where), *threads(_readers())]
     endpoints: List[Endpoint] = []
     for number, path in enumerate(paths):
         qcow2.refuse_external_data(path)
@@ -93,7 +94,7 @@ def chain(paths: Sequence[str], run_dir: str) -> Iterator[Endpoint]:
     """
     name = os.path.basename(paths[0]).partition(".")[0]
     where = os.path.join(run_dir, f"chain-{name}.sock")
-    argv = [*_storage_daemon(where), *few_threads()]
+    argv = [*_storage_daemon(where), *threads(_readers())]
     below: Optional[str] = None
     for number, path in reversed(list(enumerate(paths))):
         qcow2.refuse_external_data(path)
@@ -168,17 +169,27 @@ def _storage_daemon(path: str) -> List[str]:
     return ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={path.replace(',', ',,')}"]
 
 
-@functools.cache
-def few_threads() -> List[str]:
-    """What keeps a storage daemon that is read from at no more threads than there are processors for them.
+def threads(most: int) -> List[str]:
+    """What keeps a storage daemon at `most` threads; left alone it starts one for each request, up to 64."""
+    return ["--object", f"main-loop,id=main,thread-pool-max={most}"] if _countable() else []
 
-    QEMU starts a thread for each request, up to 64.  They read a file in the order in which they are woken: the kernel
-    takes it for random access and reads nothing ahead.  Before QEMU 7.1 they could not be told.
+
+@functools.cache
+def _countable() -> bool:
+    """Before QEMU 7.1 they could not be told."""
+    return "thread-pool-max" in tools.run(["qemu-storage-daemon", "--object", "main-loop,help"])
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _readers() -> int:
+    """Threads of a daemon that is read from; one processor is for the client, or for the daemon's main loop.
+
+    Many read a file in the order in which they are woken: the kernel takes it for random access and reads nothing ahead.
     """
-    if "thread-pool-max" not in tools.run(["qemu-storage-daemon", "--object", "main-loop,help"]):
-        return []
-    most = max(1, len(os.sched_getaffinity(0)) - 1)  # one is for the client, or for the daemon's main loop
-    return ["--object", f"main-loop,id=main,thread-pool-max={most}"]
+    return max(1, _processors() - 1)
 
 
 def _dying_with(parent: int) -> List[str]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import List
+from typing import List, Set
 from urllib.parse import quote
 
 import pytest
@@ -80,16 +80,33 @@ def test_an_export_of_many_layers_is_there_when_the_context_begins(folder: str) 
 
 def test_a_daemon_that_is_read_from_has_no_more_threads_than_processors(folder: str) -> None:
     """Many would read a file out of order, and the kernel would read nothing ahead."""
-    if not server.few_threads():
-        pytest.skip("this QEMU cannot be told")
     path, before = os.path.join(folder, "vda.qcow2"), set(children())
     qcow2.create_layer(path, 16 * MIB, backing=None, compress=True)
     run("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 16M", path)
     with server.layers([path], folder) as [endpoint]:
-        run("nbdcopy", "--requests=64", f"nbd+unix:///{endpoint.export}?socket={endpoint.socket}", "null:")
-        [pid] = set(children()) - before
-        threads = len(os.listdir(f"/proc/{pid}/task"))  # the idle ones stay for ten seconds
-    assert threads <= 2 + max(1, len(os.sched_getaffinity(0)) - 1)  # the main loop and RCU are QEMU's own
+        run("nbdcopy", "--requests=64", uri(endpoint), "null:")
+        assert_threads(before, max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+def test_a_daemon_that_compresses_has_no_more_threads_than_processors(folder: str) -> None:
+    """More would only take turns, and the client and the daemon's main loop with them."""
+    path, before = os.path.join(folder, "vda.qcow2"), set(children())
+    qcow2.create_layer(path, 16 * MIB, backing=None, compress=True)
+    with server.sink(path, folder, compress=True) as [compressing, _]:
+        run("nbdcopy", "--requests=64", "--", "[", "nbdkit", "--exit-with-parent", "pattern", "16M", "]", uri(compressing))
+        assert_threads(before, len(os.sched_getaffinity(0)))
+
+
+def uri(endpoint: server.Endpoint) -> str:
+    return f"nbd+unix:///{endpoint.export}?socket={endpoint.socket}"
+
+
+def assert_threads(before: Set[int], most: int) -> None:
+    """Of the one child that is new; those of its pool that are idle stay for ten seconds."""
+    if not server.threads(most):
+        pytest.skip("this QEMU cannot be told")
+    [pid] = set(children()) - before
+    assert len(os.listdir(f"/proc/{pid}/task")) <= 2 + most  # the main loop and RCU are QEMU's own
 
 
 def shows(endpoint: server.Endpoint, folder: str) -> bytes:
