@@ -234,9 +234,13 @@ def test_block_status(folder: str, name: str) -> None:
     ],
 )
 def test_extents_beyond_what_was_asked_are_cut(folder: str, allocation: List[Any], dirty: List[Any]) -> None:
-    """A disk that has grown meanwhile may have them, too."""
+    """A disk that has grown meanwhile may have them, too.  Newer releases of libnbd (1.22 does) refuse some themselves."""
     with Hostile(os.path.join(folder, "hostile"), status=both(allocation, dirty)) as server:
-        rows = pulled(server.endpoint, folder)
+        try:
+            rows = pulled(server.endpoint, folder)
+        except errors.SourceUnreadable as e:
+            assert "Protocol error" in str(e)  # noqa: PT017 -- one of two good ends
+            return
     assert sum(int(row["length"].sum()) for row in rows) == MIB
 
 
