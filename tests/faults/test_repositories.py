@@ -102,7 +102,6 @@ def test_a_full_disk_ends_the_run_and_takes_nothing_away(
 
 
 @pytest.mark.fault(42, 48)
-@pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync")
 def test_a_copy_by_rsync_is_a_repository_and_an_older_one_is_noticed(
     tool: Tool, guest: PlainGuest, rng: random.Random, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from typing import Dict, Final, List, Optional
 
 from tests.guests import daemon
@@ -221,9 +222,10 @@ class Far(Sides):
             return str(e)
 
     def sessions(self) -> List[int]:
-        """Pids of the server's processes for connections that are open."""
+        """Pids of the server's processes for connections that are open; from OpenSSH 9.8 on each has a child that holds it."""
         assert self._process
-        return _children(self._process.pid)
+        found = _children(self._process.pid)
+        return [*found, *(child for pid in found for child in _children(pid) if _name(child).startswith("sshd"))]
 
     def cut(self) -> None:
         """Every connection, as a firewall or a host that falls over does."""
@@ -240,10 +242,19 @@ def _kill(pids: List[int]) -> None:
 
 def _children(pid: int) -> List[int]:
     found = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as listed:
-            found += [int(child) for child in listed.read().split()]
+    with suppress(OSError):  # it has ended
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as listed:
+                found += [int(child) for child in listed.read().split()]
     return found
+
+
+def _name(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="ascii", errors="replace") as name:
+            return name.read()
+    except OSError:  # it has ended
+        return ""
 
 
 def free_ports(count: int = 1) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import hashlib
+import lzma
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from typing import Final, List
 from tests.guests import daemon
 
 CACHE: Final = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../.cache"))
-# In the order in which they need each other; ext4 is built in.
+# In the order in which they need each other; ext4 is built in, and with Debian 13 so are some of these.
 MODULES: Final = (
     "virtio_ring",
     "virtio",
@@ -39,7 +40,7 @@ INIT: Final = f"""#!/bin/busybox sh
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
-for module in {" ".join(MODULES)}; do insmod /modules/$module.ko; done
+for module in {" ".join(MODULES)}; do [ ! -e /modules/$module.ko ] || insmod /modules/$module.ko; done
 ln -sf /proc/self/mounts /etc/mtab
 for disk in /sys/block/vd*; do
     name=${{disk##*/}}
@@ -124,8 +125,9 @@ def _build(initrd: str, busybox: str, agent: str, modules: str) -> None:
         _copy(agent, root, "/usr/sbin/qemu-ga")
         for library in _libraries(agent):
             _copy(library, root, library)
+        os.mkdir(os.path.join(root, "modules"))
         for module in MODULES:
-            _copy(os.path.join(modules, f"{module}.ko"), root, f"/modules/{module}.ko")
+            _unpack(os.path.join(modules, f"{module}.ko"), os.path.join(root, f"modules/{module}.ko"))
         for path, text in (("/init", INIT), ("/sbin/shutdown", SHUTDOWN)):
             full = root + path
             os.makedirs(os.path.dirname(full), exist_ok=True)
@@ -156,6 +158,14 @@ def _copy(source: str, root: str, place: str) -> None:
     os.makedirs(os.path.dirname(target), exist_ok=True)
     shutil.copy(source, target)
     os.chmod(target, 0o755)
+
+
+def _unpack(source: str, target: str) -> None:
+    """A kernel module, compressed or not, or none."""
+    for path, opened in ((source, open), (f"{source}.xz", lzma.open)):
+        if os.path.exists(path):
+            with opened(path, "rb") as packed, open(target, "wb") as file:
+                shutil.copyfileobj(packed, file)
 
 
 def _libraries(program: str) -> List[str]:

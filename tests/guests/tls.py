@@ -27,7 +27,7 @@ class Authority:
         os.mkdir(self.folder, 0o711)
         self.key, self.certificate = (os.path.join(self.folder, f"ca.{kind}") for kind in ("key", "pem"))
         request = ["req", "-x509", "-days", "30", "-subj", f"/CN={name}", "-keyout", self.key, "-out", self.certificate]
-        _openssl(*request, *NEW)
+        _openssl(*request, *NEW, "-addext", "keyUsage=critical,keyCertSign,cRLSign")
 
     def issue(self, name: str, extensions: str, *, days: int = 30) -> Dict[str, str]:
         """A key and a certificate, which has expired where `days` is negative; their paths."""
@@ -36,7 +36,7 @@ class Authority:
             file.write(extensions)
         _openssl("req", "-subj", f"/CN={name}", "-keyout", made["key"], "-out", made["csr"], *NEW)
         sign = ["-CA", self.certificate, "-CAkey", self.key, "-CAcreateserial", "-extfile", made["ext"]]
-        _openssl("x509", "-req", "-days", str(days), "-in", made["csr"], "-out", made["pem"], *sign)
+        _openssl("x509", "-req", *_lasting(days), "-in", made["csr"], "-out", made["pem"], *sign)
         return made
 
     def folder_of(self, path: str, made: Optional[Dict[str, str]], names: List[str], *, group: int = -1) -> None:
@@ -55,8 +55,17 @@ LIBVIRT: Final = ["cacert.pem", "clientcert.pem", "clientkey.pem"]
 QEMU: Final = ["ca-cert.pem", "server-cert.pem", "server-key.pem"]
 
 
-def _openssl(*arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True, stdin=subprocess.DEVNULL)
+def _openssl(*arguments: str) -> str:
+    """What it says on stderr."""
+    asked = ["openssl", *arguments]
+    return subprocess.run(asked, check=True, capture_output=True, stdin=subprocess.DEVNULL, text=True).stderr
+
+
+def _lasting(days: int) -> List[str]:
+    """How OpenSSL is told so; from 3.4 on none ends before it begins, but both times can be given."""
+    if days < 0 and "-not_before" in _openssl("x509", "-help"):
+        return ["-not_before", "20200101000000Z", "-not_after", "20200102000000Z"]
+    return ["-days", str(days)]
 
 
 class TlsDaemon(daemon.Daemon):

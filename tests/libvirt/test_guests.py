@@ -145,7 +145,9 @@ def _code(call: Callable[[], Any]) -> int:
     return int(raised.value.get_error_code())
 
 
-UNRESPONSIVE = libvirt.VIR_ERR_AGENT_UNRESPONSIVE
+# What it says of an agent that does not answer, and of one that says no; newer releases have a code of their own for each.
+UNRESPONSIVE = (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, 112)  # VIR_ERR_AGENT_COMMAND_TIMEOUT
+FAILED = (libvirt.VIR_ERR_INTERNAL_ERROR, 113)  # VIR_ERR_AGENT_COMMAND_FAILED
 
 
 def _anew(guest: system.SystemGuest, agent: fake_agent.FakeAgent) -> None:
@@ -174,7 +176,7 @@ def test_a_good_fake_agent_outlives_restarts_of_the_daemon_and_its_own(relay_gue
     for attempt in range(1, 5):
         assert guest.domain.fsFreeze() == 2
         assert agent.frozen
-        assert _code(guest.domain.fsFreeze) == libvirt.VIR_ERR_INTERNAL_ERROR
+        assert _code(guest.domain.fsFreeze) in FAILED
         assert guest.domain.fsThaw() == 2
         assert (agent.freezes, agent.thaws, len(agent.intervals)) == (attempt, attempt, attempt)
         if attempt == 1:
@@ -188,7 +190,7 @@ def test_a_good_fake_agent_outlives_restarts_of_the_daemon_and_its_own(relay_gue
             _anew(guest, agent)
     agent.leave()
     guest.wait_for_agent_state("disconnected")
-    assert _code(guest.domain.fsFreeze) == UNRESPONSIVE
+    assert _code(guest.domain.fsFreeze) in UNRESPONSIVE
     assert all(since < until for since, until in agent.intervals)
 
 
@@ -198,13 +200,13 @@ def test_a_silent_agent_is_given_up_after_the_timeout(relay_guest: Relayed) -> N
     # libvirt greets only once per connection, and after a timeout; without an answer it sends nothing else.
     agent.behave(fake_agent.SILENT, to=fake_agent.EVERYTHING)
     watch = patience.Stopwatch()
-    assert _code(guest.domain.fsFreeze) == UNRESPONSIVE
+    assert _code(guest.domain.fsFreeze) in UNRESPONSIVE
     assert watch.wall() > 0.9 and watch.seconds() < 5
     agent.behave(fake_agent.GOOD)
     assert guest.domain.fsThaw() == 0
     assert not agent.count(fake_agent.FREEZE)
     agent.behave(fake_agent.SILENT)
-    assert _code(guest.domain.fsFreeze) == UNRESPONSIVE
+    assert _code(guest.domain.fsFreeze) in UNRESPONSIVE
     assert agent.count(fake_agent.FREEZE) == 1
     assert (agent.freezes, agent.frozen) == (0, False)
 
@@ -213,8 +215,8 @@ def test_a_deaf_agent_that_wakes_freezes_late_and_the_next_thaw_helps(relay_gues
     guest, agent = relay_guest
     guest.domain.agentSetResponseTimeout(1, 0)
     agent.behave(fake_agent.DEAF)
-    assert _code(guest.domain.fsFreeze) == UNRESPONSIVE
-    assert _code(guest.domain.fsThaw) == UNRESPONSIVE
+    assert _code(guest.domain.fsFreeze) in UNRESPONSIVE
+    assert _code(guest.domain.fsThaw) in UNRESPONSIVE
     assert (agent.freezes, agent.count(fake_agent.THAW)) == (0, 0)
     agent.behave(fake_agent.GOOD)
     agent.wait(lambda agent: agent.frozen)
@@ -238,9 +240,9 @@ def test_a_slow_agent_is_waited_for_within_the_timeout(relay_guest: Relayed, how
 
     guest.domain.agentSetResponseTimeout(1, 0)
     agent.behave(how, to=[fake_agent.FREEZE], seconds=3)
-    assert _code(guest.domain.fsFreeze) == UNRESPONSIVE
+    assert _code(guest.domain.fsFreeze) in UNRESPONSIVE
     assert agent.frozen == (how == fake_agent.SLOW)
-    assert _code(guest.domain.fsThaw) == UNRESPONSIVE
+    assert _code(guest.domain.fsThaw) in UNRESPONSIVE
     agent.wait(lambda agent: agent.freezes == 2)
     guest.domain.agentSetResponseTimeout(10, 0)
     assert guest.domain.fsThaw() == 2
@@ -255,7 +257,7 @@ def test_a_lying_agent_is_believed_by_libvirt(relay_guest: Relayed) -> None:
     with pytest.raises(libvirt.libvirtError, match=re.escape(fake_agent.HOSTILE_WORDS)):
         guest.domain.fsFreeze()
     assert agent.frozen
-    assert _code(guest.domain.fsThaw) == libvirt.VIR_ERR_INTERNAL_ERROR
+    assert _code(guest.domain.fsThaw) in FAILED
     assert (agent.freezes, agent.thaws, agent.frozen) == (2, 2, False)
 
 
@@ -286,15 +288,11 @@ def test_one_bad_line_and_libvirt_cannot_thaw_before_it_connects_anew(
     guest.domain.agentSetResponseTimeout(1, 0)
     agent.behave(fake_agent.GOOD)
     for _ in range(3):
-        assert _code(guest.domain.fsThaw) == UNRESPONSIVE
+        assert _code(guest.domain.fsThaw) in UNRESPONSIVE
     assert (guest.running, guest.agent_state, agent.frozen) == (True, "connected", True)
 
-    if behaviour["how"] == fake_agent.NONSENSE:
-        guest.host.restart()
-        _until_libvirt_has_the_agent_again(guest)
-    else:
-        _anew(guest, agent)
-        assert guest.domain.fsThaw() == 2
+    guest.host.restart()
+    _until_libvirt_has_the_agent_again(guest)
     assert (agent.freezes, agent.thaws, agent.frozen) == (1, 1, False)
 
 
@@ -317,7 +315,7 @@ def test_a_thaw_waits_for_the_freeze_of_another_connection(relay_guest: Relayed)
             freeze = pool.submit(guest.domain.fsFreeze)
             agent.wait(lambda agent: agent.count(fake_agent.FREEZE) == 1)
             thaw = pool.submit(other.lookupByName(guest.name).fsThaw)
-            assert _code(freeze.result) == UNRESPONSIVE
+            assert _code(freeze.result) in UNRESPONSIVE
             agent.behave(fake_agent.GOOD)  # within the thaw's own 2 s: it greets, and then thaws
             assert thaw.result() == 2
     finally:
