@@ -19,6 +19,7 @@ class Domain:
     def jobStats(self) -> Dict[str, Any]:  # noqa: N802 -- libvirt's name
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, str):
+            libvirt.virResetLastError()  # of an earlier test: an error tells of it instead
             raise libvirt.libvirtError(answer)
         return dict(answer)
 
