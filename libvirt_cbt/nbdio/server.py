@@ -49,7 +49,7 @@ def sink(layer: str, run_dir: str, *, compress: bool) -> Iterator[List[Endpoint]
     if compress:
         nodes.insert(0, {"driver": "compress", "node-name": "compressing", "file": "plain"})
     # More than there are processors, all busy with compressing, would take turns with its main loop and with the client.
-    argv = [*_storage_daemon(where), *threads(_processors())]
+    argv = _storage_daemon(where, _processors())
     for node in reversed(nodes):
         argv += ["--blockdev", json.dumps(node)]
     for node in nodes:
@@ -74,7 +74,7 @@ def layers(paths: Sequence[str], run_dir: str) -> Iterator[List[Endpoint]]:
     https://www.qemu.org/docs/master/tools/qemu-storage-daemon.html
     """
     where = os.path.join(run_dir, "layers.sock")
-    argv = [*_storage_daemon(where), *threads(_readers())]
+    argv = _storage_daemon(where, _readers())
     endpoints: List[Endpoint] = []
     for number, path in enumerate(paths):
         qcow2.refuse_external_data(path)
@@ -94,7 +94,7 @@ def chain(paths: Sequence[str], run_dir: str) -> Iterator[Endpoint]:
     """
     name = os.path.basename(paths[0]).partition(".")[0]
     where = os.path.join(run_dir, f"chain-{name}.sock")
-    argv = [*_storage_daemon(where), *threads(_readers())]
+    argv = _storage_daemon(where, _readers())
     below: Optional[str] = None
     for number, path in reversed(list(enumerate(paths))):
         qcow2.refuse_external_data(path)
@@ -165,8 +165,9 @@ def running(argv: List[str], path: str, layers: Sequence[str] = (), *, keep: Seq
                 pass
 
 
-def _storage_daemon(path: str) -> List[str]:
-    return ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={path.replace(',', ',,')}"]
+def _storage_daemon(path: str, most: int) -> List[str]:
+    """The beginning of one that listens on `path`, with `most` threads for what it reads, writes and compresses."""
+    return ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={path.replace(',', ',,')}", *threads(most)]
 
 
 def threads(most: int) -> List[str]:

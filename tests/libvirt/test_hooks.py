@@ -214,17 +214,21 @@ def test_a_snapshot_that_was_put_back_begins_new_lineages(
             guest.domain.revertToSnapshot(guest.domain.snapshotLookupByName("s"))
         assert not guest.running
     guest.start()
-    (sentence,) = recovered(tool)[guest.name]  # a newer libvirt (11.3 does) tells the hook of it, and ends the guest in order
-    assert sentence.startswith(("the bitmaps of generation 1 are lost (vda)", "noted that the guest was put back to a snapshot"))
+    told = libvirt.getVersion() >= 10_005_000  # then the hook is called for it, even when QEMU refuses
+    (sentence,) = recovered(tool)[guest.name]
+    if told:
+        assert sentence.startswith("noted that the guest was put back to a snapshot at ")
+    else:
+        assert sentence == "the bitmaps of generation 1 are lost (vda): the next backup copies all of them"
     assert modes(tool, guest) == {"vda": "full"}
     # Without it, libvirt 9.0 calls the hook as for any end and start; why it runs is known all the same.  11.3 says why.
     tool.run("untrack", guest.name).result  # noqa: B018
     guest.domain.revertToSnapshot(guest.domain.snapshotLookupByName("s"))
     guest.disks["vda"].model[:] = before
-    assert noted(tool, guest) in (["started", "stopped"], ["reverted", "started"])
+    assert noted(tool, guest) == (["reverted", "started"] if told else ["started", "stopped"])
     sentence, *lost = recovered(tool)[guest.name]
     assert sentence.startswith("noted that the guest was put back to a snapshot at ")
-    assert [one for one in lost if not one.startswith("the bitmaps of generation 2 are lost (vda)")] == []
+    assert all(one.startswith("the bitmaps of generation 2 are lost (vda)") for one in lost) and (told or len(lost) == 1)
     assert "begins new lineages" in tool.run("status", guest.name).result["doubt"]
     assert modes(tool, guest) == {"vda": "full"}
     # As libvirt from 10.5 on calls it: no bitmap is believed then, sound as it may look.

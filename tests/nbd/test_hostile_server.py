@@ -239,7 +239,7 @@ def test_extents_beyond_what_was_asked_are_cut(folder: str, allocation: List[Any
         try:
             rows = pulled(server.endpoint, folder)
         except errors.SourceUnreadable as e:
-            assert "Protocol error" in str(e)  # noqa: PT017 -- one of two good ends
+            assert "Protocol error" in str(e) and not client.version().startswith("1.14.")  # noqa: PT017 -- one of two good ends
             return
     assert sum(int(row["length"].sum()) for row in rows) == MIB
 

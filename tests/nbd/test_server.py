@@ -75,7 +75,7 @@ def test_an_export_of_many_layers_is_there_when_the_context_begins(folder: str) 
     for _ in range(5):
         with server.layers(paths, folder) as endpoints:
             assert len(endpoints) == 30
-            run("nbdinfo", "--size", f"nbd+unix:///layer29?socket={endpoints[-1].socket}")
+            run("nbdinfo", "--size", uri(endpoints[-1]))
 
 
 def test_a_daemon_that_is_read_from_has_no_more_threads_than_processors(folder: str) -> None:
@@ -98,7 +98,7 @@ def test_a_daemon_that_compresses_has_no_more_threads_than_processors(folder: st
 
 
 def uri(endpoint: server.Endpoint) -> str:
-    return f"nbd+unix:///{endpoint.export}?socket={endpoint.socket}"
+    return f"nbd+unix:///{endpoint.export}?socket={quote(endpoint.socket)}"
 
 
 def assert_threads(before: Set[int], most: int) -> None:
@@ -110,8 +110,7 @@ def assert_threads(before: Set[int], most: int) -> None:
 
 
 def shows(endpoint: server.Endpoint, folder: str) -> bytes:
-    uri = f"nbd+unix:///{endpoint.export}?socket={quote(endpoint.socket)}"
-    run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, f"{folder}/shown.raw")
+    run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri(endpoint), f"{folder}/shown.raw")
     return Path(f"{folder}/shown.raw").read_bytes()
 
 
@@ -138,7 +137,7 @@ def test_a_chain_of_sixty_layers_of_a_growing_disk(folder: str, rng: random.Rand
     with server.chain(paths, folder) as endpoint:
         assert len(children()) == len(before) + 1
         assert_same(shows(endpoint, folder), model, "the chain")
-        run("nbdinfo", "--is", "read-only", f"nbd+unix:///chain?socket={endpoint.socket}")
+        run("nbdinfo", "--is", "read-only", uri(endpoint))
     assert children() == before
     with server.chain(paths[30:], folder) as endpoint:
         assert len(shows(endpoint, folder)) <= len(model)
