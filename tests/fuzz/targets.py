@@ -232,6 +232,7 @@ def agent(data: bytes) -> None:
 
     def call() -> int:
         if data[0] % 3 == 0:
+            libvirt.virResetLastError()  # of an earlier test: the error would have its words, not the agent's
             raise libvirt.libvirtError(text_of(data[3:]))
         if data[0] % 3 == 1:
             raise SystemError
